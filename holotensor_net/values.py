@@ -1,0 +1,235 @@
+"""Frozen values that travel between the rooms: what is asked for, and what came back.
+
+Byte ranges are half-open ``[start, stop)`` here and inclusive on the wire only (RFC 9110 §14.1.2).
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
+from numbers import Integral, Real
+from typing import Literal, NoReturn, TypeAlias, TypeVar
+
+from .errors import ConfigurationError, NetworkError, without_query
+
+__all__ = [
+    "HeadInfo",
+    "LoadFailure",
+    "LoadRequest",
+    "LoadResult",
+    "LoadSuccess",
+    "Priority",
+    "RangeRequest",
+    "Result",
+    "Validator",
+    "blake3_of",
+    "fragment_id_of",
+]
+
+T = TypeVar("T")
+
+_CHECKSUM = re.compile(r"(blake3|sha256):[0-9a-f]{64}")
+_THREADS_PAY_FROM = 1 << 20
+
+# The threads of BLAKE3 do not survive a fork, and the child would wait for them for ever.
+_BORN_IN = os.getpid()
+
+
+class Priority(enum.IntEnum):
+    """Levels of urgency. A lower number goes first, and importance never crosses a level."""
+
+    CRITICAL = 0
+    HIGH = 1
+    NORMAL = 2
+    LOW = 3
+    IDLE = 4
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RangeRequest:
+    """Bytes ``start`` up to, not including, ``stop`` of one object.
+
+    An empty range is a legal value, which HTTP cannot ask for: its ``header_value`` raises ValueError.
+    """
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        try:
+            sound = 0 <= operator.index(self.start) <= operator.index(self.stop)
+        except TypeError:
+            sound = False
+        if not sound:
+            raise ConfigurationError(
+                f"RangeRequest needs whole numbers 0 <= start <= stop, not start={self.start!r}, stop={self.stop!r}"
+            )
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def header_value(self) -> str:
+        """The value of a ``Range`` header, e.g. ``bytes=0-1023``."""
+        if self.start == self.stop:
+            raise ValueError("an empty range cannot be asked for over HTTP")
+        return f"bytes={self.start}-{self.stop - 1}"
+
+
+@dataclass(frozen=True, slots=True)
+class Validator:
+    """What tells one version of an object from another: an entity tag, or a modification date.
+
+    ``is_strong`` is decided once, by whoever saw the answer (RFC 9110 §8.8.2.2: a date counts as strong only when
+    the answer was made at least a second later).
+    """
+
+    etag: str | None = None
+    last_modified: str | None = None
+    is_strong: bool = False
+
+    def __bool__(self) -> bool:
+        return self.etag is not None or self.last_modified is not None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInfo:
+    """What a server said of an object without sending it. Sizes in bytes; header names in lower case."""
+
+    size: int | None
+    validator: Validator = field(default_factory=Validator)
+    accepts_ranges: bool = False
+    content_type: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def etag(self) -> str | None:
+        return self.validator.etag
+
+    @property
+    def last_modified(self) -> str | None:
+        return self.validator.last_modified
+
+
+class _Discreet:
+    """Shows itself without the queries of its names and paths."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
+        told = (f"{name}={(without_query(v) if isinstance(v, str) else v)!r}" for name, v in shown.items())
+        return f"{type(self).__name__}({', '.join(told)})"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class LoadRequest(_Discreet):
+    """One fragment to load.
+
+    ``path`` is relative to the endpoint's URL. ``importance`` in [0, 1] orders fragments within a level.
+    ``expected_size`` in bytes: any other size is an error. ``byte_range``: the part of the object that the fragment is;
+    None for all of it. ``checksum``: ``blake3:…`` or ``sha256:…``, 64 hex digits. ``deadline``: seconds from when it
+    is queued.
+    ``validator``: the version of the object that it must be a part of; ObjectChanged otherwise. ``allow_short``: the
+    object may end before the range does; what there is is delivered.
+
+    Raises ConfigurationError, naming field and value.
+    """
+
+    fragment_id: str
+    path: str
+    _: KW_ONLY
+    priority: Priority = Priority.NORMAL
+    importance: float = 0.5
+    expected_size: int | None = None
+    byte_range: RangeRequest | None = None
+    checksum: str | None = None
+    deadline: float | None = None
+    validator: Validator | None = None
+    allow_short: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("fragment_id", "path"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                self._refuse(name, "a string that is not empty")
+        try:
+            object.__setattr__(self, "priority", Priority(self.priority))
+        except ValueError:
+            self._refuse("priority", "a Priority")
+        if not (isinstance(self.importance, Real) and 0.0 <= self.importance <= 1.0):
+            self._refuse("importance", "a number from 0 to 1")
+        size = self.expected_size
+        if size is not None and not (isinstance(size, Integral) and size >= 0):
+            self._refuse("expected_size", "a number of bytes, or None")
+        if isinstance(self.byte_range, tuple) and len(self.byte_range) == 2:
+            object.__setattr__(self, "byte_range", RangeRequest(*self.byte_range))
+        if not isinstance(self.byte_range, RangeRequest | None):
+            self._refuse("byte_range", "a RangeRequest, a pair of numbers, or None")
+        if self.checksum is not None and not (isinstance(self.checksum, str) and _CHECKSUM.fullmatch(self.checksum)):
+            self._refuse("checksum", "'blake3:' or 'sha256:' and 64 lower-case hex digits")
+        if self.deadline is not None and not (isinstance(self.deadline, Real) and self.deadline > 0):
+            self._refuse("deadline", "a number of seconds above 0, or None")
+        if not isinstance(self.validator, Validator | None):
+            self._refuse("validator", "a Validator, or None")
+
+    def _refuse(self, name: str, wanted: str) -> NoReturn:
+        raise ConfigurationError(f"LoadRequest.{name} must be {wanted}, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class LoadSuccess(_Discreet):
+    """The bytes of a fragment, verified.
+
+    ``data`` is a read-only view that stays valid as long as it is held, whatever the cache evicts. ``duration`` in
+    seconds, from when the fragment was queued. ``head``: what the network said of the object that it is a part of.
+    """
+
+    fragment_id: str
+    data: memoryview = field(repr=False)
+    duration: float = 0.0
+    from_cache: bool = False
+    head: HeadInfo | None = field(default=None, repr=False)
+    is_success: Literal[True] = field(default=True, init=False, repr=False)
+    error: None = field(default=None, init=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class LoadFailure(_Discreet):
+    """Why a fragment could not be loaded. Reading its ``data`` raises ``error``, so that no failure goes unread."""
+
+    fragment_id: str
+    error: NetworkError
+    duration: float = 0.0
+    from_cache: bool = field(default=False, init=False, repr=False)
+    is_success: Literal[False] = field(default=False, init=False, repr=False)
+
+    @property
+    def data(self) -> NoReturn:
+        raise self.error
+
+
+LoadResult: TypeAlias = LoadSuccess | LoadFailure
+"""What a load ends in; match on the two cases, or ask ``is_success``."""
+
+Result: TypeAlias = T | NetworkError
+"""A value, or the error that stands in its place."""
+
+
+def fragment_id_of(data: bytes | bytearray | memoryview) -> str:
+    """The content id of a fragment: the first 16 bytes of its BLAKE3 digest, as 32 hex digits."""
+    from blake3 import blake3
+
+    return blake3(data).hexdigest(length=16)
+
+
+def blake3_of(data: bytes | bytearray | memoryview) -> str:
+    """The BLAKE3 digest of contiguous bytes, 64 hex digits; on all cores where that pays."""
+    from blake3 import blake3
+
+    is_threaded = memoryview(data).nbytes >= _THREADS_PAY_FROM and os.getpid() == _BORN_IN
+    return blake3(data, max_threads=blake3.AUTO if is_threaded else 1).hexdigest()
