@@ -1,0 +1,1 @@
+"""One endpoint, one request, every guard."""

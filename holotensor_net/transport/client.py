@@ -1,0 +1,770 @@
+"""HttpClient: one endpoint, asked politely and not believed until checked.
+
+The only room that knows requests and urllib3: their exceptions are translated here, once, and their answers pass the
+guards before a byte reaches its place. A transfer resumes where its counted bytes end, as long as a strong validator
+proves that the object is the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import os
+import re
+import sys
+import threading
+import time
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from urllib.parse import urljoin, urlsplit
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from requests.utils import get_environ_proxies
+
+from ..config import CdnEndpoint, ClientConfig, NetworkConfig
+from ..errors import (
+    Cancelled,
+    ConfigurationError,
+    ConnectionFailed,
+    HttpError,
+    InvalidUrl,
+    NetworkError,
+    ObjectChanged,
+    ProtocolError,
+    RangeNotSupported,
+    StalledTransfer,
+    Timeout,
+    redact_url,
+)
+from ..values import HeadInfo, RangeRequest, Validator
+from . import guards
+from .retry import Patience, retrying
+from .sockets import LiveSockets, pool_classes
+
+__all__ = ["Answer", "Ask", "HttpClient", "OpenSink", "Write"]
+
+Write: TypeAlias = Callable[[int, memoryview], None]
+"""Takes bytes at an absolute offset of the object."""
+
+OpenSink: TypeAlias = Callable[[HeadInfo, RangeRequest | None], Write]
+"""Called once, when an answer has passed the guards: what it told, and which bytes come (None: an unknown number from
+0)."""
+
+_BLOCK = 256 * 1024
+_DRAIN = 64 * 1024
+_DRAIN_SECONDS = 0.5
+_MOST_CONTINUATIONS = 256
+_REDIRECTS = (301, 302, 303, 307, 308)
+_CONTROL = re.compile(r"[\x00-\x20\x7f]")
+_UNSENDABLE = re.compile(r"\A\s|[\r\n\0]|[^\x00-\xff]")  # in a header; requests 2.32 lets a last line end pass (seen)
+
+# What may follow a redirect to another origin: nothing that could identify the caller.
+_TRAVELS = frozenset(
+    (
+        "accept",
+        "accept-encoding",
+        "range",
+        "if-match",
+        "if-none-match",
+        "if-modified-since",
+        "if-unmodified-since",
+        "user-agent",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What to transfer: a range of an object, or all of it in one plain GET (``byte_range`` None).
+
+    ``size``: the object's, where a plan knows it. ``pinned``: the version that it must be of. ``held``: the version
+    that the caller has already; a 304 then ends the transfer. ``allow_short``: the object may end first.
+    ``or_whole``: the caller wants the whole object in the end, so an answer that holds all of it is welcome.
+    """
+
+    path: str
+    byte_range: RangeRequest | None = None
+    size: int | None = None
+    pinned: Validator | None = None
+    held: Validator | None = None
+    allow_short: bool = False
+    or_whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a transfer ended: what was told of the object, which bytes came (None with a 304), in how many requests."""
+
+    head: HeadInfo
+    byte_range: RangeRequest | None
+    not_modified: bool
+    requests: int
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """How far one transfer has come: bytes up to ``position`` are written. ``version`` is a strong validator."""
+
+    ask: Ask
+    position: int
+    stop: int | None
+    version: Validator | None
+    size: int | None
+    head: HeadInfo | None = None
+    write: Write | None = None
+    requests: int = 0
+    done: bool = False
+    not_modified: bool = False
+
+    @property
+    def start(self) -> int:
+        return self.ask.byte_range.start if self.ask.byte_range is not None else 0
+
+    def missing(self) -> RangeRequest | None:
+        """The range to ask for next, None for a plain GET: of an object that is empty, there is no range."""
+        if self.ask.byte_range is None or self.stop is None or self.stop == self.position:
+            return None
+        return RangeRequest(self.position, self.stop)
+
+    def held(self) -> Validator | None:
+        """The validator to offer with the next request, None where a 304 would be no answer."""
+        may_be_confirmed = self.version is None and self.head is None
+        return self.ask.held if self.ask.held and may_be_confirmed else None
+
+
+class HttpClient:
+    """Fetches from one endpoint, with retries, from any number of threads.
+
+    Each thread has a session of its own (a session shared over a fork mixes up answers), and at most
+    ``endpoint.max_connections`` requests run at once. ``close`` interrupts whatever runs.
+    """
+
+    def __init__(
+        self,
+        endpoint: CdnEndpoint | str,
+        config: ClientConfig | NetworkConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.endpoint = endpoint if isinstance(endpoint, CdnEndpoint) else CdnEndpoint(endpoint)
+        self.config = config.client if isinstance(config, NetworkConfig) else config or ClientConfig()
+        self._clock = clock
+        self._wall = wall
+        self._reset(closed=False)
+
+    def _reset(self, *, closed: bool) -> None:
+        self._closing = threading.Event()
+        if closed:
+            self._closing.set()
+        self._slots = threading.BoundedSemaphore(self.endpoint.max_connections)
+        self._lock = threading.Lock()  # guards _sessions
+        self._local = threading.local()
+        self._sockets = LiveSockets(self.config.timeout, clock=self._clock)
+        self._sessions: weakref.WeakSet[requests.Session] = weakref.WeakSet()  # a thread's ends with it
+        self._process = os.getpid()
+
+    def _settle(self) -> None:
+        """Begin anew in a child process: it must not touch its parent's connections, nor wait for its threads."""
+        if os.getpid() != self._process:
+            self._reset(closed=self._closing.is_set())
+
+    def __enter__(self) -> HttpClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Interrupt what runs and close every connection; idempotent."""
+        self._settle()
+        self._closing.set()
+        self._sockets.abort()
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.close()
+
+    # -- the public verbs
+
+    def fetch(self, path: str) -> bytes:
+        """The whole object; compressed on the way if the settings allow it.
+
+        Raises NetworkError; ProtocolError for a body whose end cannot be known.
+        """
+        body = bytearray()
+        most = self.config.max_body
+
+        def open_sink(_: HeadInfo, coming: RangeRequest | None) -> Write:
+            limit = max(most, coming.stop if coming is not None else 0)
+
+            def write(offset: int, data: memoryview) -> None:
+                if offset + len(data) > limit:
+                    raise _too_large(most)
+                del body[offset:]  # another attempt may have begun again
+                body.extend(data)
+
+            return write
+
+        answer = self.transfer(Ask(path), open_sink, compressed=self.config.compression)
+        assert answer.byte_range is not None
+        del body[answer.byte_range.stop :]
+        with self._told_where(path, None):
+            return _decoded(bytes(body), answer.head.headers.get("content-encoding", "identity"), most)
+
+    def fetch_range(self, path: str, byte_range: RangeRequest | tuple[int, int]) -> bytes:
+        """Exactly these bytes of the object. Raises NetworkError; ProtocolError if the object ends before."""
+        if not isinstance(byte_range, RangeRequest):
+            byte_range = RangeRequest(*byte_range)
+        if not byte_range.length:
+            return b""
+        body = bytearray(byte_range.length)
+        start = byte_range.start
+
+        def write(offset: int, data: memoryview) -> None:
+            body[offset - start : offset - start + len(data)] = data
+
+        self.transfer(Ask(path, byte_range), lambda *_: write)
+        return bytes(body)
+
+    def head(self, path: str) -> HeadInfo:
+        """What the server says of the object: size, validators, whether it serves ranges. No body is moved."""
+        patience = self._patience()
+
+        def ask() -> HeadInfo:
+            with self._answer("HEAD", path, {"Accept-Encoding": "identity"}, patience) as (response, headers):
+                if response.status_code != 200:
+                    raise guards.error_of_status(response.status_code, headers, self._wall())
+                guards.check_encoding(headers)
+                return guards.head_info(headers, guards.content_length(headers), ranges=False)
+
+        with self._told_where(path, None):
+            result: HeadInfo = retrying(self.config.retry, patience)(ask)
+            return result
+
+    def transfer(
+        self,
+        ask: Ask,
+        open_sink: OpenSink,
+        patience: Patience | None = None,
+        *,
+        on_bytes: Callable[[int], None] = lambda _: None,
+        on_retry: Callable[[NetworkError], None] = lambda _: None,
+        compressed: bool = False,
+    ) -> Answer:
+        """Move what ``ask`` names into the sink, however many requests it takes; the engine's door.
+
+        ``on_bytes`` is told of every block as it arrives, and may wait (a rate limit) or raise; ``on_retry`` of every
+        failure that is followed by another attempt. Raises ObjectChanged when the version moves under the transfer,
+        RangeNotSupported for a 200 to a range, ConfigurationError for an empty range, RetriesExhausted, and the rest
+        of the tree.
+        """
+        patience = patience or self._patience()
+        known = ask.pinned if ask.pinned is not None and ask.pinned.is_strong else None
+        wanted = ask.byte_range
+        state = _Transfer(ask, wanted.start if wanted else 0, wanted.stop if wanted else ask.size, known, ask.size)
+
+        def attempt() -> None:
+            for _ in range(_MOST_CONTINUATIONS):
+                patience.check()
+                self._ask_once(state, open_sink, patience, on_bytes, compressed)
+                if state.done:
+                    return
+                if state.version is None:
+                    raise ProtocolError(
+                        "the server sent a part of what it was asked for, of a version it does not name"
+                    )
+            raise ProtocolError("the server keeps sending less than it was asked for")
+
+        with self._told_where(ask.path, wanted):
+            if wanted is not None and not wanted.length:
+                raise ConfigurationError("HTTP cannot ask for an empty range: ask for one byte or more")
+            retrying(self.config.retry, patience, on_retry=on_retry)(attempt)
+        assert state.head is not None
+        delivered = None if state.not_modified else RangeRequest(state.start, state.position)
+        return Answer(state.head, delivered, state.not_modified, state.requests)
+
+    # -- one request, one answer
+
+    def _ask_once(
+        self,
+        state: _Transfer,
+        open_sink: OpenSink,
+        patience: Patience,
+        on_bytes: Callable[[int], None],
+        compressed: bool,
+    ) -> None:
+        if state.version is None or state.position == state.stop:
+            # Nothing proves that what follows belongs to what came; or all came, and its end was wrong.
+            state.position = state.start
+        headers = self._conditions(state)
+        headers["Accept-Encoding"] = "gzip" if compressed else "identity"
+        state.requests += 1
+        with self._answer("GET", state.ask.path, headers, patience) as (response, said):
+            length = self._judge(state, response.status_code, said, compressed)
+            if state.done:
+                return
+            assert state.head is not None
+            if state.write is None:
+                coming = (
+                    None if length is None else RangeRequest(state.start, max(state.position + length, state.stop or 0))
+                )
+                state.write = open_sink(state.head, coming)
+            self._move(response, state, length, patience, on_bytes)
+
+    def _conditions(self, state: _Transfer) -> dict[str, str]:
+        """The conditional and Range headers of the next request."""
+        headers: dict[str, str] = {}
+        wanted = state.missing()
+        if wanted is not None:
+            headers["Range"] = wanted.header_value
+        version, held = state.version, state.held()
+        if version is not None:
+            name, value = ("If-Match", version.etag) if version.etag else ("If-Unmodified-Since", version.last_modified)
+            headers[name] = value or ""
+        elif held is not None:
+            name, value = ("If-None-Match", held.etag) if held.etag else ("If-Modified-Since", held.last_modified)
+            headers[name] = value or ""
+        return headers
+
+    def _judge(self, state: _Transfer, status: int, headers: Mapping[str, str], compressed: bool) -> int | None:
+        """Pass an answer through the guards: how many bytes of its body belong to us, None for all, however many.
+
+        Sets ``state.done`` where no body is to be read.
+        """
+        length: int | None
+        if status == 206:
+            length = self._judge_part(state, headers)
+        elif status == 200:
+            length = self._judge_whole(state, headers, compressed)
+        elif status == 304:
+            self._judge_not_modified(state, headers)
+            return 0
+        elif status == 412 and state.version is not None:
+            raise ObjectChanged("the object was replaced: it is no longer the version that was begun")
+        elif status == 416 and state.missing() is not None:
+            self._judge_unsatisfied(state, headers)
+            return 0
+        else:
+            raise guards.error_of_status(status, headers, self._wall())
+        assert state.head is not None
+        if state.version is not None:
+            guards.check_same_version(state.version, state.head.validator)
+        elif state.head.validator.is_strong:
+            state.version = state.head.validator
+        return length
+
+    def _judge_part(self, state: _Transfer, headers: Mapping[str, str]) -> int:
+        wanted = state.missing()
+        said = guards.content_range(headers)
+        if wanted is None:
+            raise ProtocolError("a part was sent where the whole was asked for")
+        guards.check_content_range(said, wanted, state.size)
+        guards.check_framing(headers, said.byte_range.length)
+        guards.check_encoding(headers)
+        state.size = said.total if said.total is not None else state.size
+        state.head = guards.head_info(headers, state.size, ranges=True)
+        self._end_at(state, state.size)
+        return said.byte_range.length
+
+    def _judge_whole(self, state: _Transfer, headers: Mapping[str, str], compressed: bool) -> int | None:
+        length = guards.content_length(headers)
+        if not compressed:
+            guards.check_encoding(headers)
+        guards.check_framing(headers, length)
+        if state.ask.byte_range is not None:
+            fits = length is not None and state.stop is not None and length <= state.stop
+            if state.start != 0 or not (fits or state.ask.or_whole):
+                raise RangeNotSupported(
+                    "the server answered a range with the whole object; set supports_range=False on its CdnEndpoint to"
+                    " download whole objects from it"
+                )
+            state.position = 0
+        if length is None and "transfer-encoding" not in headers and state.size is None:
+            raise ProtocolError("the server did not say how long the body is, so its end cannot be told from a cut")
+        if length is not None and state.size is not None and length != state.size and not compressed:
+            raise ObjectChanged(f"the object has {length} bytes now, not {state.size}")
+        state.position = 0
+        if length is not None and not compressed:
+            state.size = length
+        state.head = guards.head_info(headers, length, ranges=False)
+        if state.ask.byte_range is not None and state.ask.or_whole:
+            state.stop = length
+        else:
+            self._end_at(state, length)
+        return length if length is not None else state.size
+
+    def _judge_not_modified(self, state: _Transfer, headers: Mapping[str, str]) -> None:
+        held, said = state.held(), guards.validator_of(headers)
+        if held is None:
+            raise ProtocolError("the server answered 304 to a question that nobody asked")
+        if (
+            said.etag is not None
+            and held.etag is not None
+            and said.etag.removeprefix("W/") != held.etag.removeprefix("W/")
+        ):
+            raise ProtocolError("the server answered 304 for another version than ours")
+        state.head = guards.head_info(headers, state.size, ranges=True)
+        state.done = state.not_modified = True
+
+    def _judge_unsatisfied(self, state: _Transfer, headers: Mapping[str, str]) -> None:
+        """A 416 is an answer only where nothing was left to send: an empty object, or one that ends where we begin."""
+        size = guards.unsatisfied_size(headers)
+        if size is not None and state.size is not None and size != state.size:
+            raise ObjectChanged(f"the object has {size} bytes now, not {state.size}")
+        may_end = state.ask.allow_short or (state.ask.or_whole and size == 0)
+        if size is None or size > state.position or not may_end:
+            told = "" if size is None else f": it says that the object has {size} bytes"
+            raise HttpError(f"the server refuses the range{told}", status=416)
+        state.head = guards.head_info(headers, size, ranges=True)
+        state.stop = state.position
+        state.done = True
+
+    @staticmethod
+    def _end_at(state: _Transfer, size: int | None) -> None:
+        """Take note that the object ends before the range asked for does, where the caller allows that."""
+        if size is None or state.stop is None or size >= state.stop:
+            return
+        if not (state.ask.allow_short or state.ask.or_whole):
+            raise HttpError(f"the object has {size} bytes and ends before the range asked for", status=416)
+        state.stop = size
+
+    def _move(
+        self,
+        response: requests.Response,
+        state: _Transfer,
+        length: int | None,
+        patience: Patience,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """Write the body to its place; its end is what was announced, no byte more or less."""
+        raw, write, left = response.raw, state.write, length
+        assert write is not None
+        while left is None or left > 0:
+            block = raw.read1(_BLOCK if left is None else min(left, _BLOCK))
+            if not block:
+                break
+            if left is not None and len(block) > left:
+                raise ProtocolError("the server sent more than it announced")
+            write(state.position, memoryview(block))
+            state.position += len(block)
+            left = None if left is None else left - len(block)
+            on_bytes(len(block))
+            patience.check()
+        if left:
+            patience.check()
+            raise ConnectionFailed("the connection was cut in the middle of the body", established=True)
+        if raw.read1(1) or _said(response).has_excess:
+            raise ProtocolError("the server sent more than it announced")
+        if left is None:
+            state.stop = state.position
+        state.done = state.stop is None or state.position >= state.stop
+
+    # -- connections, redirects, credentials
+
+    @contextlib.contextmanager
+    def _answer(
+        self, method: str, path: str, headers: Mapping[str, str], patience: Patience
+    ) -> Iterator[tuple[requests.Response, dict[str, str]]]:
+        """The answer to one request, after redirects, and its headers, names in lower case; its connection is reused
+        only if the body was read to its end."""
+        url = self.endpoint.url_of(path)
+        self._settle()
+        self._check(patience)
+        slots = self._slots
+        if not slots.acquire(timeout=max(0.0, patience.remaining(self.config.timeout))):
+            self._check(patience)
+            raise Timeout("no connection came free: raise max_connections, or ask from fewer threads")
+        try:
+            own = self._own_headers(headers)
+            with _translated():
+                response = self._follow(method, url, own, patience)
+                try:
+                    yield response, {name.lower(): value.strip(" \t") for name, value in response.headers.items()}
+                    self._drain(response, patience)
+                except HttpError:
+                    self._drain(response, patience)
+                    raise
+                finally:
+                    _close(response)
+        except (ConnectionFailed, Timeout):
+            self._check(patience)  # an interrupted wait ends in whatever error the moment makes: say what it was
+            raise
+        finally:
+            slots.release()
+
+    def _check(self, patience: Patience) -> None:
+        if self._closing.is_set():
+            raise Cancelled("the client is closed: make a new one")
+        patience.check()
+
+    def _follow(self, method: str, url: str, own: Mapping[str, str], patience: Patience) -> requests.Response:
+        """The first answer that is no redirect; its head has both timeouts together to come, however it drips."""
+        session = self._session()
+        timeout = self.config.timeout
+        headed_by = self._clock() + self.config.connect_timeout + timeout
+        request = _prepared(method, url, own)
+        home = _origin_of(request.url)
+        for _ in range(self.config.max_redirects + 1):
+            url = request.url or ""
+            self._sockets.wait_at_most(lambda: min(headed_by - self._clock(), patience.remaining(timeout)))
+            response = session.get_adapter(url).send(
+                request,
+                stream=True,
+                timeout=(
+                    max(0.001, patience.remaining(self.config.connect_timeout)),
+                    max(0.001, patience.remaining(timeout)),
+                ),
+                verify=self._verify(url),
+                proxies=self._proxies(url),
+            )
+            location = response.headers.get("location")
+            if response.status_code not in _REDIRECTS or location is None:
+                self._sockets.wait_at_most(lambda: patience.remaining(timeout))
+                return response
+            try:
+                target = _hop(url, location)
+                self._drain(response, patience)
+            finally:
+                _close(response)
+            if _origin_of(target) != home:
+                own = {name: value for name, value in own.items() if name.lower() in _TRAVELS}
+            request = _prepared(method, target, own)
+            self._check(patience)
+        raise HttpError(f"more than {self.config.max_redirects} redirects", status=response.status_code)
+
+    def _drain(self, response: requests.Response, patience: Patience) -> None:
+        """Read what little is left of a body, so that its connection can be used again; a long rest is not worth it."""
+        left = _DRAIN
+        ends = self._clock() + patience.remaining(_DRAIN_SECONDS)
+        self._sockets.wait_at_most(lambda: ends - self._clock())
+        with contextlib.suppress(OSError, urllib3.exceptions.HTTPError):
+            while left > 0 and (block := response.raw.read1(min(left, _BLOCK))):
+                left -= len(block)
+
+    def _session(self) -> requests.Session:
+        session: requests.Session | None = getattr(self._local, "session", None)
+        if session is None:
+            session = requests.Session()
+            session.trust_env = False
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, _Adapter(self._sockets))
+            with self._lock:
+                self._sessions.add(session)
+            self._local.session = session
+        return session
+
+    def _own_headers(self, headers: Mapping[str, str]) -> dict[str, str]:
+        own = {**self.endpoint.headers, "User-Agent": self.config.user_agent, "Accept": "*/*", **headers}
+        authorization = self._authorization()
+        if authorization is not None:
+            own["Authorization"] = authorization
+        return own
+
+    def _authorization(self) -> str | None:
+        auth = self.endpoint.auth
+        if callable(auth):
+            auth = auth()
+        if auth is None:
+            return None
+        if isinstance(auth, tuple):
+            return "Basic " + base64.b64encode(":".join(auth).encode()).decode()
+        return f"Bearer {auth}"
+
+    def _verify(self, url: str) -> bool | str:
+        verify = self.endpoint.verify
+        if verify is True:
+            verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        if url.startswith("https:") and isinstance(verify, str) and not os.path.exists(verify):
+            raise ConfigurationError(
+                f"there is no CA bundle at {verify!r}: see CdnEndpoint.verify, REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE"
+            )
+        return verify
+
+    def _proxies(self, url: str) -> dict[str, str]:
+        if self.endpoint.proxies is not None:
+            return dict(self.endpoint.proxies)
+        return get_environ_proxies(url, no_proxy=None)
+
+    def _patience(self) -> Patience:
+        limit = self.config.retry.deadline
+        deadline = None if limit is None else self._clock() + limit
+        return Patience(deadline=deadline, closing=self._closing, clock=self._clock)
+
+    @contextlib.contextmanager
+    def _told_where(self, path: str, byte_range: RangeRequest | None) -> Iterator[None]:
+        """Errors that leave here say which URL and which range they are about."""
+        try:
+            yield
+        except NetworkError as error:
+            if error.url is None:
+                error.url = redact_url(f"{self.endpoint.url.rstrip('/')}/{path.lstrip('/')}")
+                error.byte_range = byte_range
+            raise
+
+
+class _Adapter(HTTPAdapter):
+    """requests' adapter over connections that can be interrupted, one for each host of a session."""
+
+    def __init__(self, sockets: LiveSockets) -> None:
+        self._pool_classes = pool_classes(sockets)
+        super().__init__(pool_connections=8, pool_maxsize=2, max_retries=0)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = self._pool_classes
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = self._pool_classes
+        return manager
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Foreign exceptions become ours here and nowhere else.
+
+    Their cause is what the system said: the layers between repeat the URL, and what is secret in it.
+    """
+    outside = sys.exc_info()[1]
+    try:
+        yield
+    except NetworkError:
+        raise
+    except (urllib3.exceptions.HTTPError, OSError) as error:  # requests' own are OSErrors
+        cause = _beneath(error, outside)
+        ours = _ours(error, cause)
+        try:
+            raise ours from cause
+        finally:
+            ours.__context__ = outside
+
+
+def _ours(error: BaseException, cause: BaseException | None) -> NetworkError:
+    """The error of our tree for a foreign one and what lies beneath it."""
+    reason = _reason(cause or error)
+    match error:
+        case requests.Timeout() | urllib3.exceptions.ConnectTimeoutError():
+            return Timeout(f"the server did not answer in time ({reason})")
+        case urllib3.exceptions.ReadTimeoutError() | TimeoutError():
+            return StalledTransfer("the bytes stopped, or came too slowly")
+        case requests.exceptions.SSLError():
+            return ConnectionFailed(f"no secure connection: {reason}")
+        case requests.exceptions.ProxyError():
+            return ConnectionFailed(f"the proxy refused: {reason}")
+        case requests.exceptions.InvalidProxyURL() | requests.exceptions.InvalidSchema():
+            return ConfigurationError("the proxy cannot be used: see CdnEndpoint.proxies, HTTP_PROXY and HTTPS_PROXY")
+        case requests.exceptions.InvalidURL():
+            return InvalidUrl("not a URL that can be asked for: check the endpoint, and the proxy if there is one")
+        case requests.exceptions.InvalidHeader():
+            return ProtocolError("the answer has a header that contradicts itself")
+        case requests.ConnectionError() if _is_gibberish(cause):
+            return ProtocolError(f"the answer is not HTTP: {reason}")
+        case requests.ConnectionError():
+            unreached = isinstance(_root(error), urllib3.exceptions.NewConnectionError)
+            return ConnectionFailed(reason, established=not unreached)
+        case _:
+            return ConnectionFailed(f"the connection was cut: {reason}", established=True)
+
+
+def _is_gibberish(cause: BaseException | None) -> bool:
+    return isinstance(cause, http.client.HTTPException) and not isinstance(cause, OSError)
+
+
+def _root(error: BaseException) -> object:
+    inner = error.args[0] if error.args else None
+    return getattr(inner, "reason", inner)
+
+
+def _beneath(error: BaseException, outside: BaseException | None) -> BaseException | None:
+    """What the system said, under the libraries' layers; None if it was a library that refused.
+
+    ``outside``: what was being handled when the work began, which is no part of it.
+    """
+    while (inner := error.__cause__ or (not error.__suppress_context__ and error.__context__)) and inner is not outside:
+        error = inner
+    is_foreign = isinstance(error, requests.RequestException | urllib3.exceptions.HTTPError)
+    return None if is_foreign else error
+
+
+def _reason(error: BaseException) -> str:
+    """A few words on what went wrong, without the URL that the libraries' own would repeat."""
+    if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+        return error.strerror or str(error) or type(error).__name__
+    if isinstance(error, http.client.HTTPException) and not isinstance(error, http.client.IncompleteRead):
+        return f"{type(error).__name__} {str(error)[:60]!r}"
+    return type(error).__name__
+
+
+def _prepared(method: str, url: str, headers: Mapping[str, str]) -> requests.PreparedRequest:
+    with contextlib.suppress(requests.exceptions.InvalidHeader):  # it repeats what it refuses
+        if not any(_UNSENDABLE.search(value) for value in headers.values()):
+            return requests.Request(method, url, headers=headers).prepare()
+    raise ConfigurationError(
+        "a credential or a header holds what HTTP cannot carry: look for line ends, spaces in front and letters"
+        " beyond Latin-1 in CdnEndpoint.auth and .headers"
+    )
+
+
+def _too_large(most: int) -> NetworkError:
+    return NetworkError(f"the body is larger than {most} bytes: fetch ranges of it, or raise memory_budget")
+
+
+def _decoded(body: bytes, coding: str, most: int) -> bytes:
+    """The body without the compression that was asked for, at most ``most`` bytes of it."""
+    coding = coding.lower()
+    if coding in ("", "identity"):
+        return body
+    if coding not in ("gzip", "x-gzip"):
+        raise ProtocolError(f"Content-Encoding {coding[:30]!r} was not asked for")
+    decoder = zlib.decompressobj(wbits=31)
+    try:
+        decoded = decoder.decompress(body, most + 1)
+    except zlib.error as error:
+        raise ProtocolError(f"the compressed body is broken: {error}") from error
+    if len(decoded) > most:
+        raise _too_large(most)
+    if not decoder.eof or decoder.unused_data:
+        raise ProtocolError("the compressed body is cut, or has more behind its end")
+    return decoded
+
+
+def _origin_of(url: str | None) -> tuple[str, str, int | None]:
+    parts = urlsplit(url or "")
+    return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _hop(url: str, location: str) -> str:
+    """Where a redirect leads, as it will be asked for. Refuses one that leaves the web, or gives up encryption."""
+    with contextlib.suppress(UnicodeError):
+        location = location.encode("latin-1").decode()  # http.client reads Latin-1; what is not ASCII here is UTF-8
+    target, scheme, host = "", "", ""
+    with contextlib.suppress(ValueError):  # its words may repeat a signature
+        # The library that connects must read it first: another reader may see another host behind a backslash.
+        target = requests.Request("GET", urljoin(url, location)).prepare().url or ""
+        scheme, host, _ = _origin_of(target)
+    if not scheme or _CONTROL.search(target):
+        raise InvalidUrl("the server redirects to something that is no URL")
+    if scheme not in ("http", "https") or not host:
+        raise InvalidUrl(f"the server redirects to a {scheme!r} address, which is not fetched")
+    if urlsplit(url).scheme == "https" and scheme == "http":
+        raise InvalidUrl("the server redirects from https to http, which would give up encryption")
+    return target
+
+
+def _close(response: requests.Response) -> None:
+    """Give the connection back if its body ended, else cut it: a pool would hand the rest to the next request."""
+    if not _said(response).isclosed():
+        response.raw.close()
+    response.raw.release_conn()
+
+
+def _said(response: requests.Response) -> Any:
+    """The answer itself, as ``sockets`` reads it."""
+    return response.raw._original_response

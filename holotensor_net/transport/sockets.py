@@ -1,0 +1,328 @@
+"""Connections that another thread can interrupt, at any moment of their lives, and that no server can hold for ever.
+
+A thread that connects, waits for an answer or reads a body sits in the kernel; closing the response from outside
+waits for it (seen: 4.7 s). Shutting its socket down wakes it at once. So every socket is known here from the moment
+that it begins to connect.
+
+A timeout is an operation's own: a server that sends a byte now and then begins a new one each time. So every wait for
+bytes is bounded anew, and what comes slower than anyone would wait for counts as nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import io
+import logging
+import os
+import re
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from urllib3 import connectionpool
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, HeaderParsingError, NameResolutionError, NewConnectionError
+from urllib3.util import wait_for_write
+from urllib3.util.response import assert_header_parsing
+
+from ..errors import without_query
+
+__all__ = ["SLOWEST", "LiveSockets", "pool_classes"]
+
+SLOWEST = 128.0
+"""Bytes/s. What comes slower than this, over a whole window, is a drip."""
+
+_LONGEST_LINE = 1 << 16
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")  # RFC 9112 §7.1
+_LONGEST = 1e6  # seconds; beyond some 1e9, settimeout raises OverflowError
+_UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK)
+
+
+class _Own(threading.local):
+    """What belongs to one thread."""
+
+    seconds: Callable[[], float] = staticmethod(lambda: _LONGEST)
+
+
+class LiveSockets:
+    """The sockets of one client, and how long each of its threads waits for bytes. Its lock guards the set.
+
+    ``window``: seconds of waiting over which the rate of an answer is taken.
+    """
+
+    def __init__(self, window: float = 30.0, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.window = window
+        self.clock = clock
+        self._lock = threading.Lock()
+        self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._aborted = False
+        self._own = _Own()
+
+    def add(self, sock: socket.socket) -> None:
+        """Know ``sock``. Raises OSError after ``abort``."""
+        with self._lock:
+            if self._aborted:
+                raise ConnectionAbortedError("the client is closed")
+            self._open.add(sock)
+
+    def wait_at_most(self, seconds: Callable[[], float]) -> None:
+        """Bound every wait of this thread from now on; ``seconds`` is asked before each."""
+        self._own.seconds = seconds
+
+    def left(self) -> float:
+        """Seconds that this thread may wait for its next bytes. Raises TimeoutError if there are none."""
+        seconds = min(self._own.seconds(), _LONGEST)
+        if seconds <= 0:
+            raise TimeoutError("no time is left")
+        return seconds
+
+    def abort(self) -> None:
+        """Wake every thread that waits on one of the sockets, now; no new ones are made."""
+        with self._lock:
+            self._aborted = True
+            sockets = list(self._open)
+        for sock in sockets:
+            _shut_down(sock)
+
+
+def _shut_down(sock: Any) -> None:
+    plain = getattr(sock, "socket", sock)  # TLS within TLS is no socket and has one
+    with contextlib.suppress(OSError):
+        # The plain socket's method: a TLS socket's own would drop its TLS state under the reading thread.
+        socket.socket.shutdown(plain, socket.SHUT_RDWR)
+
+
+class _Incoming(io.RawIOBase):
+    """What a socket receives: every wait bounded, drips refused, and an end only where one may be.
+
+    http.client takes a head or a chunk's length that was cut short for a complete one (seen: a chunk of 0400 bytes,
+    cut after its first digit, ended the body).
+    """
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, sockets: LiveSockets) -> None:
+        self._sock = sock
+        self._raw = raw
+        self._sockets = sockets
+        self._bytes, self._seconds = 0, 0.0
+        self._in_body = False
+        self._may_end = False
+        self._is_over = False
+
+    def begin_body(self, *, may_end: bool) -> None:
+        """The head has been read. ``may_end``: the end of the connection is not an error by itself."""
+        self._in_body = True
+        self._may_end = may_end
+
+    def leave(self) -> None:
+        """Take no more from the socket: what may be read is what has come already."""
+        self._is_over = True
+
+    def cut(self) -> None:
+        """Let nobody use the connection again."""
+        _shut_down(self._sock)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._is_over:
+            return 0
+        began = self._sockets.clock()
+        self._sock.settimeout(self._sockets.left())
+        count = self._raw.readinto(buffer) or 0
+        if not count and not self._may_end:
+            raise ConnectionResetError("the connection was cut in the middle of the answer")
+        if self._in_body:
+            self._note(count, self._sockets.clock() - began)
+        return count
+
+    def _note(self, count: int, seconds: float) -> None:
+        self._bytes += count
+        self._seconds += seconds
+        if self._seconds >= self._sockets.window:
+            if self._bytes < SLOWEST * self._seconds:
+                raise TimeoutError("the bytes come too slowly")
+            self._bytes, self._seconds = 0, 0.0
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that is read through ``_Incoming``, and refused where its head cannot be trusted.
+
+    ``has_excess``: the server sent bytes beyond its end. They would be taken for the next answer, so there is none.
+    """
+
+    has_excess = False
+
+    def __init__(self, sock: Any, *args: Any, sockets: LiveSockets, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self._incoming = _Incoming(sock, self.fp.detach(), sockets)
+        self.fp = io.BufferedReader(self._incoming)
+
+    def begin(self) -> None:
+        super().begin()
+        if self.status == 101:
+            raise http.client.HTTPException("a change of protocol that nobody asked for")
+        self._incoming.begin_body(may_end=not self.chunked)
+        try:
+            assert_header_parsing(self.msg)  # Python drops every header behind a line that is none
+        except HeaderParsingError:
+            raise http.client.HTTPException("a header line that is none") from None
+        if any("\n" in value for value in self.msg.values()):  # urllib3 would unfold it (RFC 9112 §5.2)
+            raise http.client.HTTPException("a header in several lines")
+
+    def _read_status(self) -> tuple[str, int, str]:
+        status: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+        while 102 <= status[1] < 200:  # any number of them may come before the answer (RFC 9110 §15.2)
+            http.client.parse_headers(self.fp)
+            status = super()._read_status()  # type: ignore[misc]
+        return status
+
+    def _read_next_chunk_size(self) -> int:
+        """The size of a chunk in bytes; ValueError, which ends the body, for what is none.
+
+        Python's own takes '-5', after which it reads more than it is asked for, '+5', '0x5' and '5_0'.
+        """
+        size = _CHUNK_SIZE.fullmatch(self.fp.readline(_LONGEST_LINE))
+        if size is None:
+            self._close_conn()
+            raise ValueError("malformed chunk size")
+        return int(size[1], 16)
+
+    def _close_conn(self) -> None:
+        self._incoming.leave()
+        if self.fp.peek():
+            self.has_excess = True
+            self._incoming.cut()
+        super()._close_conn()  # type: ignore[misc]
+
+
+class _Here(threading.local):
+    """Whether this thread is about a request of ours."""
+
+    is_asking = False
+
+
+class _Discretion(logging.Filter):
+    """Has urllib3 leave the queries out of what it logs of our requests: they may be signatures."""
+
+    here = _Here()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self.here.is_asking and isinstance(record.args, tuple):
+            record.args = tuple(without_query(said) if isinstance(said, str) else said for said in record.args)
+        return True
+
+
+_DISCRETION = _Discretion()
+
+
+class _Discreet(connectionpool.HTTPConnectionPool):
+    """A pool whose requests are logged without their queries."""
+
+    def urlopen(self, *args: Any, **kwargs: Any) -> Any:
+        here = _DISCRETION.here
+        here.is_asking = True
+        try:
+            return super().urlopen(*args, **kwargs)
+        finally:
+            here.is_asking = False
+
+
+def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConnectionPool]]:
+    """urllib3's pools by scheme, with connections whose sockets ``sockets`` knows and bounds."""
+
+    class Connection(HTTPConnection):
+        _answer: _Answer | None = None
+
+        def response_class(self, *args: Any, **kwargs: Any) -> _Answer:  # type: ignore[override]
+            self._answer = _Answer(*args, sockets=sockets, **kwargs)
+            return self._answer
+
+        def _new_conn(self) -> socket.socket:
+            return _connect(self, sockets)
+
+        def getresponse(self) -> Any:
+            if self.sock is not None:
+                sockets.add(self.sock)
+            try:
+                return super().getresponse()
+            except BaseException:
+                if self._answer is not None:
+                    self._answer.close()  # urllib3 forgets it if it cannot wrap it, and its socket would stay open
+                raise
+            finally:
+                self._answer = None
+
+    class SecureConnection(Connection, HTTPSConnection):
+        def connect(self) -> None:
+            # The handshake runs on a socket that nobody knows yet: until it is over, a duplicate stands for it.
+            with contextlib.ExitStack() as self._handshake:
+                super().connect()
+
+        def _new_conn(self) -> socket.socket:
+            sock = super()._new_conn()
+            try:
+                sockets.add(self._handshake.enter_context(sock.dup()))
+            except OSError as error:
+                sock.close()
+                raise NewConnectionError(self, f"no connection: {error}") from error
+            return sock
+
+    class Pool(_Discreet):
+        ConnectionCls = Connection
+
+    class SecurePool(_Discreet, connectionpool.HTTPSConnectionPool):
+        ConnectionCls = SecureConnection
+
+    connectionpool.log.addFilter(_DISCRETION)
+
+    return {"http": Pool, "https": SecurePool}
+
+
+def _connect(connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
+    """A connected socket, known to ``sockets`` since it began to connect; raises what urllib3's own would."""
+    try:
+        addresses = socket.getaddrinfo(connection._dns_host, connection.port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        if isinstance(error, UnicodeError):
+            error = socket.gaierror(str(error))
+        raise NameResolutionError(connection.host, connection, error) from error
+    failure: OSError = OSError("the name has no address")
+    for family, kind, protocol, _, address in addresses:
+        try:
+            return _connected(socket.socket(family, kind, protocol), address, connection, sockets)
+        except OSError as error:  # also where this machine has no such family
+            failure = error
+    if isinstance(failure, TimeoutError):
+        raise ConnectTimeoutError(connection, f"no connection within {connection.timeout} s") from failure
+    raise NewConnectionError(connection, f"no connection: {failure}") from failure
+
+
+def _connected(sock: socket.socket, address: Any, connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
+    try:
+        for option in connection.socket_options or ():
+            sock.setsockopt(*option)
+        seconds = min(float(connection.timeout or _LONGEST), sockets.left())
+        sock.setblocking(False)
+        failure = sock.connect_ex(address)
+        sockets.add(sock)  # under way already: a shutdown before that would be forgotten by connecting
+        if failure in _UNDER_WAY:
+            if not wait_for_write(sock, seconds):
+                raise TimeoutError("timed out")
+            failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+        sock.settimeout(seconds)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

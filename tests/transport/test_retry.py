@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holotensor_net.config import RetryConfig
+from holotensor_net.errors import (
+    Cancelled,
+    ChecksumMismatch,
+    ConnectionFailed,
+    DeadlineExceeded,
+    HttpError,
+    InvalidUrl,
+    NetworkError,
+    NotFound,
+    ObjectChanged,
+    ProtocolError,
+    RangeNotSupported,
+    RateLimited,
+    RetriesExhausted,
+    StalledTransfer,
+    Timeout,
+)
+from holotensor_net.transport.retry import LONGEST_RETRY_AFTER, Patience, retrying
+from holotensor_net.values import RangeRequest
+
+
+class Clock:
+    """A clock that only sleeping moves, and the event that sleeping waits on."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Closing(threading.Event):
+    """Waits by moving the clock; ``set_after``: set during the n-th wait."""
+
+    def __init__(self, clock: Clock, set_after: int = 0) -> None:
+        super().__init__()
+        self._clock = clock
+        self._set_after = set_after
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self._clock.slept.append(timeout)
+        self._clock.now += timeout
+        if len(self._clock.slept) == self._set_after:
+            self.set()
+        return self.is_set()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def patience(clock: Clock, seconds: float | None = None, set_after: int = 0) -> Patience:
+    deadline = None if seconds is None else clock.now + seconds
+    return Patience(deadline=deadline, closing=Closing(clock, set_after), clock=clock)
+
+
+def failing(*errors: BaseException) -> Callable[[], str]:
+    """Raises one after the other, then returns."""
+    left = list(errors)
+
+    def attempt() -> str:
+        if left:
+            raise left.pop(0)
+        return "done"
+
+    return attempt
+
+
+def steady(**settings: object) -> RetryConfig:
+    return RetryConfig(**{"initial_backoff": 1.0, "jitter": False, **settings})  # type: ignore[arg-type]
+
+
+# -- patience
+
+
+@pytest.mark.parametrize(
+    ("deadline", "most", "expected"),
+    [
+        pytest.param(None, 30.0, 30.0, id="no end"),
+        pytest.param(1005.0, 30.0, 5.0, id="the deadline is nearer"),
+        pytest.param(1100.0, 30.0, 30.0, id="the limit is nearer"),
+        pytest.param(990.0, 30.0, -10.0, id="over"),
+        pytest.param(None, 1e300, 7 * 86400.0, id="no longer than timers can wait"),
+    ],
+)
+def test_remaining_is_the_nearer_of_deadline_and_limit(
+    clock: Clock, deadline: float | None, most: float, expected: float
+) -> None:
+    assert Patience(deadline=deadline, clock=clock).remaining(most) == expected
+
+
+def test_a_sleep_longer_than_any_timer_is_cut_to_what_timers_take(clock: Clock) -> None:
+    patience(clock).sleep(1e300)
+    assert clock.slept == [7 * 86400.0]
+    assert clock.slept[0] < threading.TIMEOUT_MAX
+
+
+def test_check_raises_at_the_deadline_and_not_before(clock: Clock) -> None:
+    until = patience(clock, 5.0)
+    clock.now += 4.999
+    until.check()
+    clock.now += 0.001
+    with pytest.raises(DeadlineExceeded):
+        until.check()
+
+
+def test_cancelling_and_closing_are_told_before_the_deadline(clock: Clock) -> None:
+    closing = threading.Event()
+    closing.set()
+    for over in (Patience(closing=closing), Patience(deadline=0.0, cancelled=lambda: True, clock=clock)):
+        with pytest.raises(Cancelled):
+            over.check()
+
+
+def test_sleep_lasts_as_long_as_asked(clock: Clock) -> None:
+    patience(clock).sleep(3.0)
+    assert clock.slept == [3.0]
+
+
+def test_sleep_ends_at_the_deadline(clock: Clock) -> None:
+    with pytest.raises(DeadlineExceeded):
+        patience(clock, 2.0).sleep(10.0)
+    assert clock.slept == [2.0]
+
+
+def test_sleep_after_the_deadline_does_not_wait(clock: Clock) -> None:
+    until = patience(clock, 2.0)
+    clock.now += 5.0
+    with pytest.raises(DeadlineExceeded):
+        until.sleep(10.0)
+    assert clock.slept == [0.0]
+
+
+def test_closing_from_another_thread_ends_a_sleep() -> None:
+    closing, asleep, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def sleep() -> None:
+        asleep.set()
+        with pytest.raises(Cancelled):
+            Patience(closing=closing).sleep(60.0)
+        ended.set()
+
+    sleeper = threading.Thread(target=sleep)
+    sleeper.start()
+    assert asleep.wait(5)
+    closing.set()
+    assert ended.wait(1)
+    sleeper.join()
+
+
+# -- what is retried
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionFailed(),
+        Timeout("silence"),
+        StalledTransfer("drip"),
+        ProtocolError("nonsense"),
+        ChecksumMismatch(),
+        RateLimited(status=429),
+        RateLimited(status=503),
+        HttpError(status=408),
+        HttpError(status=500),
+        HttpError(status=502),
+        HttpError(status=504),
+    ],
+    ids=str,
+)
+def test_passing_failures_are_tried_again(clock: Clock, error: NetworkError) -> None:
+    assert retrying(steady(), patience(clock))(failing(error)) == "done"
+    assert clock.slept == [1.0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotFound(),
+        NotFound(status=410),
+        HttpError(status=400),
+        HttpError(status=401),
+        HttpError(status=416),
+        HttpError(status=501),
+        HttpError(status=505),
+        InvalidUrl("no"),
+        ObjectChanged("new"),
+        RangeNotSupported("whole"),
+        DeadlineExceeded("late"),
+        Cancelled("stop"),
+        ValueError("a defect"),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
+def test_lasting_failures_are_raised_as_they_are_at_once(clock: Clock, error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught:
+        retrying(steady(), patience(clock))(failing(error))
+    assert caught.value is error
+    assert clock.slept == []
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_attempts_are_capped(clock: Clock, retries: int) -> None:
+    errors = [ConnectionFailed(str(number)) for number in range(10)]
+    told: list[NetworkError] = []
+    with pytest.raises(NetworkError) as caught:
+        retrying(steady(max_retries=retries), patience(clock), on_retry=told.append)(failing(*errors))
+    assert len(clock.slept) == retries
+    assert told == errors[:retries]  # not of the last, which no attempt follows
+    last = caught.value.last_error if isinstance(caught.value, RetriesExhausted) else caught.value
+    assert last is errors[retries]
+
+
+def test_exhaustion_says_how_often_where_and_why_and_keeps_the_last_error(clock: Clock) -> None:
+    where = RangeRequest(0, 10)
+    last = RateLimited("busy", url="http://host/path?secret=1", byte_range=where, retry_after=2.0)
+    with pytest.raises(RetriesExhausted, match=r"gave up after 2 attempts.*busy") as caught:
+        retrying(steady(max_retries=1), patience(clock))(failing(ConnectionFailed(), last))
+    error = caught.value
+    assert (error.attempts, error.last_error, error.__cause__) == (2, last, last)
+    assert (error.url, error.byte_range, error.retry_after) == ("http://host/path?…", where, 2.0)
+    assert not error.is_retryable
+
+
+def test_the_only_attempt_ends_in_its_own_error(clock: Clock) -> None:
+    error = ConnectionFailed("refused")
+    with pytest.raises(ConnectionFailed) as caught:
+        retrying(steady(max_retries=0), patience(clock))(failing(error))
+    assert caught.value is error
+
+
+# -- how long between
+
+
+def test_backoff_grows_to_its_bound(clock: Clock) -> None:
+    config = steady(max_retries=6, initial_backoff=0.5, multiplier=3.0, max_backoff=10.0)
+    retrying(config, patience(clock))(failing(*[ConnectionFailed()] * 6))
+    assert clock.slept == [0.5, 1.5, 4.5, 10.0, 10.0, 10.0]
+
+
+def test_a_backoff_beyond_all_numbers_is_its_bound(clock: Clock) -> None:
+    config = steady(max_retries=3, multiplier=1e300, max_backoff=7.0)
+    retrying(config, patience(clock))(failing(*[ConnectionFailed()] * 3))
+    assert clock.slept == [1.0, 7.0, 7.0]
+
+
+def test_jitter_draws_from_zero_to_the_bound(clock: Clock) -> None:
+    drawn: list[tuple[float, float]] = []
+
+    def draw(low: float, high: float) -> float:
+        drawn.append((low, high))
+        return high / 4
+
+    config = RetryConfig(initial_backoff=1.0, max_backoff=3.0)
+    retrying(config, patience(clock), draw=draw)(failing(*[ConnectionFailed()] * 3))
+    assert drawn == [(0.0, 1.0), (0.0, 2.0), (0.0, 3.0)]
+    assert clock.slept == [0.25, 0.5, 0.75]
+
+
+@given(
+    initial=st.floats(1e-3, 1e3),
+    bound=st.floats(1e-3, 1e3),
+    multiplier=st.floats(1, 1e6),
+    retry_after=st.none() | st.floats(0, LONGEST_RETRY_AFTER),
+    jitter=st.booleans(),
+)
+def test_no_wait_undercuts_retry_after_or_exceeds_its_bounds(
+    initial: float, bound: float, multiplier: float, retry_after: float | None, jitter: bool
+) -> None:
+    clock = Clock()
+    config = RetryConfig(initial_backoff=initial, max_backoff=bound, multiplier=multiplier, jitter=jitter)
+    retrying(config, patience(clock))(failing(*[RateLimited(retry_after=retry_after)] * 3))
+    for wait in clock.slept:
+        assert (retry_after or 0.0) <= wait <= max(bound, retry_after or 0.0)
+
+
+def test_retry_after_outweighs_a_shorter_backoff(clock: Clock) -> None:
+    retrying(steady(), patience(clock))(failing(RateLimited(retry_after=20.0), RateLimited(retry_after=0.5)))
+    assert clock.slept == [20.0, 2.0]
+
+
+def test_a_retry_after_that_nobody_sits_through_ends_it_at_once(clock: Clock) -> None:
+    error = RateLimited(retry_after=LONGEST_RETRY_AFTER + 0.5)
+    with pytest.raises(RateLimited) as caught:
+        retrying(steady(), patience(clock))(failing(error))
+    assert caught.value is error
+    assert clock.slept == []
+
+
+# -- never past the deadline
+
+
+def test_no_wait_is_begun_that_would_end_past_the_deadline(clock: Clock) -> None:
+    with pytest.raises(RetriesExhausted) as caught:
+        retrying(steady(max_retries=9), patience(clock, 4.0))(failing(*[ConnectionFailed()] * 10))
+    assert clock.slept == [1.0, 2.0]  # another 4 s would be too long
+    assert caught.value.attempts == 3
+
+
+def test_the_deadline_counts_the_time_that_attempts_take(clock: Clock) -> None:
+    def attempt() -> None:
+        clock.now += 3.0
+        raise ConnectionFailed("slow")
+
+    with pytest.raises(RetriesExhausted) as caught:
+        retrying(steady(max_retries=9, multiplier=1.0), patience(clock, 8.0))(attempt)
+    assert caught.value.attempts == 2
+
+
+def test_closing_during_a_wait_ends_the_retries(clock: Clock) -> None:
+    with pytest.raises(Cancelled):
+        retrying(steady(), patience(clock, set_after=2))(failing(*[ConnectionFailed()] * 3))
+    assert len(clock.slept) == 2
+
+
+def test_a_policy_can_be_used_again(clock: Clock) -> None:
+    policy = retrying(steady(max_retries=1), patience(clock))
+    assert policy(failing(ConnectionFailed())) == "done"
+    assert policy(failing(ConnectionFailed())) == "done"
