@@ -1,0 +1,50 @@
+"""A fragment's bytes while they arrive in memory: what a part file is, for those that have no disk."""
+
+from __future__ import annotations
+
+import mmap
+
+from ..errors import NetworkError
+
+__all__ = ["MemoryPart"]
+
+
+class MemoryPart:
+    """Takes bytes at offsets, from any number of threads where they are disjoint; gives one read-only view in the end.
+
+    With a known ``size`` the memory is mapped and touched for the first time when the bytes come; with None it grows,
+    and is to be written in order. Raises NetworkError where there is no room for so many.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        try:
+            self._fixed = mmap.mmap(-1, size) if size else None
+        except (OSError, OverflowError) as error:
+            raise NetworkError(
+                f"there is no memory for {size} bytes: keep them on disk (cache_dir=, max_cache_size=), or load ranges"
+            ) from error
+        self._growing = bytearray() if size is None else None
+        self._stop = size
+
+    def write(self, offset: int, data: memoryview | bytes) -> None:
+        """Put ``data`` at ``offset``. Raises ValueError beyond a known size."""
+        stop = offset + len(data)
+        if self._growing is not None:
+            self._growing[offset:stop] = data
+        elif self._fixed is not None and stop <= len(self._fixed):
+            self._fixed[offset:stop] = data
+        elif data:
+            raise ValueError(f"bytes {offset}–{stop} lie beyond the end")
+
+    def view(self) -> memoryview:
+        """All bytes, read-only, without a copy."""
+        whole = self._fixed if self._fixed is not None else self._growing or b""
+        return memoryview(whole).toreadonly()[: self._stop]
+
+    def truncate(self, size: int) -> None:
+        """Cut it to ``size`` bytes: a second go may have been shorter than the first."""
+        self._stop = size
+
+    def discard(self) -> None:
+        """Let the memory go; views that are held keep it."""
+        self._fixed, self._growing = None, None
