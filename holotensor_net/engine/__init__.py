@@ -1,0 +1,1 @@
+"""The right piece next, as fast as it should."""

@@ -1,0 +1,929 @@
+"""Fetcher: the threads. Takes pieces from the scheduler, brings their bytes, and resolves the futures that wait for
+them.
+
+Equal requests in flight share one load (single flight). A load that fails at one endpoint goes on at the next; what
+it has is kept only if a digest or the same strong validator proves that it belongs together.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import copy
+import enum
+import heapq
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from ..config import NetworkConfig
+from ..errors import (
+    CacheError,
+    Cancelled,
+    ChecksumMismatch,
+    ConnectionFailed,
+    DeadlineExceeded,
+    HttpError,
+    NetworkError,
+    ObjectChanged,
+    RangeNotSupported,
+    RateLimited,
+    RetriesExhausted,
+    Timeout,
+    redact_url,
+)
+from ..storage.memory import MemoryPart
+from ..transport.client import Answer, Ask, HttpClient, Write
+from ..transport.guards import check_checksum
+from ..transport.retry import Patience
+from ..values import (
+    HeadInfo,
+    LoadFailure,
+    LoadRequest,
+    LoadResult,
+    LoadSuccess,
+    Priority,
+    RangeRequest,
+    Validator,
+)
+from .priority import PrioritizedFragment
+from .request_cache import Destination, Found, RequestCache, contradicts
+from .routes import Routes, is_unreachable
+from .scheduler import Part, Piece, Scheduler
+
+__all__ = ["Fetcher", "FetcherStats"]
+
+
+_WORTH_RELIEF = 1 << 20
+"""Bytes of a fragment from which publishing it takes longer than starting another worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetcherStats:
+    """A snapshot. ``requests`` that were answered, ``retries`` after a failure, ``workers`` at work;
+    ``confirmed_bytes`` were in the cache and did not have to come again."""
+
+    requests: int
+    retries: int
+    workers: int
+    confirmed_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """One go at a load: all that must be of one version of the object. ``wanted`` is known once an answer has come,
+    ``missing`` counts the bytes of it that have not. ``is_open_ended``: the destination grows, as nobody knew how long
+    the object is. ``in_flight`` counts those who may be at the destination."""
+
+    endpoint: int | None = None
+    head: HeadInfo | None = None
+    wanted: RangeRequest | None = None
+    missing: int = 0
+    destination: Destination | None = None
+    is_open_ended: bool = False
+    in_flight: int = 0
+    abandoned: bool = False
+
+    def leave(self) -> None:
+        """A piece has ended, and what came of it. Under the fetcher's lock."""
+        self.in_flight -= 1
+        self.discard_if_idle()
+
+    def abandon(self) -> None:
+        """Nothing of it is wanted any more. Under the fetcher's lock."""
+        self.abandoned = True
+        self.discard_if_idle()
+
+    def discard_if_idle(self) -> None:
+        # Not while a piece is still being written: its file descriptor must not become another file's.
+        if self.abandoned and not self.in_flight and self.destination is not None:
+            self.destination.discard()
+            self.destination = None
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """A fragment on its way, and everyone who waits for it. ``whole``: each endpoint is asked for all of the object in
+    a plain GET, as none is left that serves ranges."""
+
+    request: LoadRequest
+    fragment: _Fragment
+    held: Found | None
+    whole: bool
+    waiters: list[_Waiter] = field(default_factory=list)
+    attempt: _Attempt = field(default_factory=_Attempt)
+    tried: set[int] = field(default_factory=set)
+    failures: list[NetworkError] = field(default_factory=list)
+    restarts: int = 0
+    in_memory: bool = False
+    done: bool = False
+
+    @property
+    def version(self) -> Validator | None:
+        """The strong validator that all its pieces share, if there is one."""
+        pinned = self.request.validator
+        if pinned is not None and pinned.is_strong:
+            return pinned
+        head = self.attempt.head
+        return head.validator if head is not None and head.validator.is_strong else None
+
+    @property
+    def is_provable(self) -> bool:
+        """Whether pieces of several answers may be combined."""
+        return self.request.checksum is not None or self.version is not None
+
+
+@dataclass(eq=False)
+class _Waiter:
+    """A caller: which request it made, when, until when it waits, and the future that it holds. ``is_shared``: others
+    who ask for the same may be given that future too."""
+
+    load: _Load
+    request: LoadRequest
+    since: float
+    until: float | None
+    is_shared: bool
+    future: Future[LoadResult] = field(default_factory=Future)
+
+    @property
+    def fragment_id(self) -> str:
+        return self.request.fragment_id
+
+
+class _Fragment(PrioritizedFragment):
+    """A queued fragment that knows its load."""
+
+    __slots__ = ("load",)
+    load: _Load
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Share:
+    """What one piece does for one load."""
+
+    load: _Load
+    attempt: _Attempt
+    part: Part
+
+
+class _Again(enum.Enum):
+    """What to ask for once more after a failure."""
+
+    NOTHING = enum.auto()
+    PIECE = enum.auto()
+    ALL = enum.auto()
+
+
+class _Moved(ObjectChanged):
+    """The endpoint of a load is gone, and nothing proves that the next one has the same bytes."""
+
+
+class Fetcher:
+    """Runs loads on a pool of threads whose size follows the scheduler's limit.
+
+    Thread-safe; its one lock guards the loads, their attempts and the routes. ``close`` leaves no thread.
+    """
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        scheduler: Scheduler,
+        cache: RequestCache,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._scheduler = scheduler
+        self._cache = cache
+        self._clock = clock
+        self._closing = threading.Event()
+        self._clients = [HttpClient(endpoint, config.client, clock=clock) for endpoint in config.endpoints]
+        self._routes = Routes(config.endpoints, outage=config.timeout)
+        self._rangeless = {i for i, endpoint in enumerate(config.endpoints) if not endpoint.supports_range}
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # routes changed
+        self._loads: dict[object, _Load] = {}
+        self._by_id: dict[str, dict[_Load, None]] = {}
+        self._deadlines: list[tuple[float, int, weakref.ref[_Waiter]]] = []
+        self._sooner = threading.Condition(self._lock)  # there is an earlier deadline
+        self._numbers = itertools.count()
+        self._watcher: threading.Thread | None = None
+        self._workers = 0
+        self._requests = 0
+        self._retries = 0
+        self._confirmed_bytes = 0
+        self._here = threading.local()
+        # As many as work may be publishing what they brought.
+        self._executor = ThreadPoolExecutor(2 * config.max_concurrent, thread_name_prefix="holotensor-fetch")
+        # Weakly, here and below: a loader that nobody holds any more, and that has nothing to do, has to go at once.
+        known = weakref.ref(self)
+        scheduler.dropped = lambda fragment: _dropped(known, fragment)
+
+    # -- what the loader asks for
+
+    def submit(self, request: LoadRequest, held: Found | None = None, *, shared: bool = True) -> Future[LoadResult]:
+        """A future for the result. An equal request that is in flight is joined; ``shared``: its future may be given
+        to both, so that whoever cancels it cancels it for all. Raises Cancelled once closed."""
+        now = self._clock()
+        with self._lock:
+            if self._closing.is_set():
+                raise Cancelled("the loader is closed: make a new one")
+            load = self._loads.get(_identity(request))
+            if load is not None:
+                return self._join(load, request, now, shared)
+            load = self._new_load(request, held, now)
+            future = self._wait_for(load, request, now, shared)
+        try:
+            self._scheduler.push(load.fragment, alone=held is not None, whole=load.whole)
+        except BaseException:  # an interrupt, while the queue was full
+            self._resolve(load, Cancelled("interrupted before it was queued"))
+            raise
+        self._spawn()
+        return future
+
+    def update_priority(self, fragment_id: str, priority: Priority) -> bool:
+        """Move a load to another level; False if none of that name is in flight."""
+        with self._lock:
+            loads = list(self._by_id.get(fragment_id, ()))
+            for load in loads:
+                self._scheduler.move(load.fragment, priority)
+        return bool(loads)
+
+    def cancel(self, fragment_id: str) -> bool:
+        """Resolve whoever waits for this fragment with Cancelled; nobody else's load is touched."""
+        with self._lock:
+            loads = self._by_id.get(fragment_id, ())
+            waiters = [w for load in loads for w in load.waiters if w.fragment_id == fragment_id]
+        told = [self._dismiss(waiter, Cancelled("cancelled on request")) for waiter in waiters]
+        return any(told)
+
+    def head(self, path: str) -> HeadInfo:
+        """What the first endpoint that answers says of an object. Raises what the last one did."""
+        failures: list[NetworkError] = []
+        for endpoint in sorted(range(len(self._clients)), key=lambda index: self._config.endpoints[index].priority):
+            try:
+                return self._clients[endpoint].head(path)
+            except Cancelled:
+                raise
+            except NetworkError as error:
+                failures.append(error)
+        raise _summary(failures)
+
+    def stats(self) -> FetcherStats:
+        with self._lock:
+            return FetcherStats(self._requests, self._retries, self._workers, self._confirmed_bytes)
+
+    def close(self) -> None:
+        """Stop everything now: interrupt the transfers, join the threads, resolve what is left with Cancelled."""
+        with self._lock:
+            self._closing.set()
+            self._changed.notify_all()
+            self._sooner.notify_all()
+            watcher = self._watcher
+        self._scheduler.close()
+        for client in self._clients:
+            client.close()
+        is_own = getattr(self._here, "is_own", False)  # called back by a future: a thread cannot wait for its own end
+        self._executor.shutdown(wait=not is_own, cancel_futures=True)
+        if watcher is not None and not is_own:
+            watcher.join()
+        with self._lock:
+            left = list(self._loads.values())
+        for load in left:
+            self._resolve(load, Cancelled("the loader was closed"))
+
+    # -- loads
+
+    def _new_load(self, request: LoadRequest, held: Found | None, now: float) -> _Load:
+        fragment = _Fragment(request, queued_at=now)
+        whole = len(self._rangeless) == len(self._clients)
+        fragment.load = load = _Load(request, fragment, held, whole)
+        self._loads[_identity(request)] = load
+        return load
+
+    def _join(self, load: _Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
+        """One more who waits for a load in flight. With the lock held."""
+        if request.priority < load.fragment.priority:
+            self._scheduler.move(load.fragment, request.priority)
+        if shared and request.deadline is None:
+            for waiter in load.waiters:
+                is_alike = waiter.is_shared and waiter.fragment_id == request.fragment_id
+                if is_alike and not waiter.future.cancelled():
+                    return waiter.future
+        return self._wait_for(load, request, now, shared)
+
+    def _wait_for(self, load: _Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
+        """A future for the end of a load. With the lock held."""
+        limits = [limit for limit in (self._config.retry.deadline, request.deadline) if limit is not None]
+        until = now + min(limits) if limits else None
+        waiter = _Waiter(load, request, now, until, is_shared=shared and request.deadline is None)
+        load.waiters.append(waiter)
+        self._by_id.setdefault(request.fragment_id, {})[load] = None
+        # Future and waiter would hold each other, and so the bytes, until garbage is collected.
+        waiter.future.add_done_callback(partial(_ended, weakref.ref(self), weakref.ref(waiter)))
+        if until is not None:
+            self._expect(waiter, until)
+        return waiter.future
+
+    def _dismiss(self, waiter: _Waiter, error: NetworkError) -> bool:
+        """One waits no longer, and is told; a load that nobody waits for is dropped. False if it was told already."""
+        load = waiter.load
+        with self._lock:
+            if waiter not in load.waiters:
+                return False
+            load.waiters.remove(waiter)
+            self._forget_name(load, waiter.fragment_id)
+            is_dropped = not load.waiters
+            if is_dropped:
+                self._remove(load)
+        if is_dropped:
+            self._scheduler.settle(load.fragment, success=False)
+        self._answer(waiter, error)
+        return True
+
+    def _remove(self, load: _Load) -> list[_Waiter]:
+        """Take a load out of the books; gives those who are to be told. With the lock held."""
+        load.done = True
+        load.attempt.abandon()
+        del self._loads[_identity(load.request)]
+        waiters, load.waiters = load.waiters, []
+        for waiter in waiters:
+            self._forget_name(load, waiter.fragment_id)
+        return waiters
+
+    def _forget_name(self, load: _Load, name: str) -> None:
+        """Let a load go by this name no longer, unless somebody else calls it so. With the lock held."""
+        loads = self._by_id.get(name, {})
+        if load in loads and not any(waiter.fragment_id == name for waiter in load.waiters):
+            del loads[load]
+            if not loads:
+                del self._by_id[name]
+
+    def _resolve(self, load: _Load, outcome: LoadSuccess | NetworkError) -> None:
+        """End a load: everyone who waits for it is told."""
+        with self._lock:
+            if load.done:
+                return
+            waiters = self._remove(load)
+        self._scheduler.settle(load.fragment, success=isinstance(outcome, LoadSuccess))
+        for waiter in waiters:
+            self._answer(waiter, outcome)
+
+    def _answer(self, waiter: _Waiter, outcome: LoadSuccess | NetworkError) -> None:
+        """Tell one who waits. Whoever took it off the load's list calls this, and so nobody else."""
+        duration = self._clock() - waiter.since
+        name = waiter.fragment_id
+        if isinstance(outcome, LoadSuccess):
+            result: LoadResult = replace(outcome, fragment_id=name, duration=duration)
+        else:
+            result = LoadFailure(name, outcome, duration)
+        if waiter.future.set_running_or_notify_cancel():
+            waiter.future.set_result(result)
+
+    # -- deadlines
+
+    def _expect(self, waiter: _Waiter, until: float) -> None:
+        """Have the caller told when its time is over. With the lock held."""
+        entry = (until, next(self._numbers), weakref.ref(waiter))
+        heapq.heappush(self._deadlines, entry)
+        if self._watcher is None:
+            watcher = threading.Thread(target=self._watch, name="holotensor-deadlines")
+            watcher.start()
+            self._watcher = watcher
+        elif self._deadlines[0] is entry:
+            self._sooner.notify()
+
+    def _watch(self) -> None:
+        """Tell callers when their time is over, wherever their load is held up. A thread of its own, which no transfer
+        can keep busy, and which ends when nobody has a deadline."""
+        self._here.is_own = True
+        while (waiter := self._next_overdue()) is not None:
+            self._dismiss(waiter, DeadlineExceeded("the deadline passed before the bytes were there"))
+
+    def _next_overdue(self) -> _Waiter | None:
+        with self._lock:
+            while self._deadlines and not self._closing.is_set():
+                until, _, known = self._deadlines[0]
+                left = until - self._clock()
+                if known() is not None and left > 0:
+                    self._sooner.wait(min(left, threading.TIMEOUT_MAX))
+                    continue
+                heapq.heappop(self._deadlines)
+                waiter = known()
+                if waiter is not None:
+                    return waiter
+            self._watcher = None
+            return None
+
+    # -- workers
+
+    def _spawn(self) -> None:
+        """Have as many workers as the scheduler wants, the limit at most."""
+        with self._lock:
+            if self._closing.is_set() or not self._scheduler.queue_len:
+                return
+            more = self._scheduler.limit - self._workers
+            self._workers += max(0, more)
+            for _ in range(more):
+                self._executor.submit(self._work)
+
+    def _work(self) -> None:
+        """A worker: pieces until there are none, or the limit has fallen. It leaves rather than wait, so that an idle
+        loader holds nothing up."""
+        self._here.is_own = True
+        try:
+            while self._workers <= self._scheduler.limit and (piece := self._scheduler.next()) is not None:
+                self._run(piece)
+                self._spawn()
+        finally:
+            with self._lock:
+                self._workers -= 1
+            self._spawn()  # something may have been queued between the last look and now
+
+    def _run(self, piece: Piece) -> None:
+        shares = self._begin(piece)
+        endpoint: int | None = None
+        outcome: Answer | NetworkError = Cancelled("nobody waits for it any more")
+        try:
+            if shares:
+                endpoint = self._choose(shares)
+                outcome = self._transfer(piece, shares, endpoint)
+        except NetworkError as error:
+            outcome = error
+        except Exception as error:
+            outcome = _defect(error)
+        finally:
+            self._scheduler.release(piece)
+        try:
+            if isinstance(outcome, NetworkError):
+                self._failed(shares, outcome, endpoint)
+            elif endpoint is not None:
+                self._arrived(shares, outcome, endpoint)
+        except Exception as error:
+            for share in shares:
+                self._resolve(share.load, _defect(error))
+
+    def _begin(self, piece: Piece) -> list[_Share]:
+        """What a piece does for loads that still want it."""
+        with self._lock:
+            shares = []
+            for part in piece.parts:
+                if isinstance(part.fragment, _Fragment) and not part.fragment.load.done and not part.is_stale:
+                    load = part.fragment.load
+                    load.attempt.in_flight += 1
+                    shares.append(_Share(load, load.attempt, part))
+            return shares
+
+    def _excluded(self, load: _Load) -> set[int]:
+        """The endpoints that are not to be asked for a load. With the lock held."""
+        return load.tried if load.whole else load.tried | self._rangeless
+
+    def _choose(self, shares: list[_Share]) -> int:
+        """The endpoint to ask, once there is one. Raises what all of them suffer from."""
+        patience = self._patience(shares)
+        held = shares[0].load.held
+        with self._lock:
+            while True:
+                excluded = set().union(*(self._excluded(share.load) for share in shares))
+                choice = self._routes.choose(excluded, self._clock())
+                if isinstance(choice, int):
+                    if held is not None and held.endpoint != choice:
+                        shares[0].load.held = None  # only the endpoint that gave a validator can confirm it
+                    return choice
+                if isinstance(choice, NetworkError):
+                    raise copy.copy(choice)
+                if choice is None:
+                    raise RetriesExhausted("no endpoint is left to ask")
+                self._changed.wait(patience.remaining(choice.seconds))
+                patience.check()
+
+    def _transfer(self, piece: Piece, shares: list[_Share], endpoint: int) -> Answer:
+        return self._clients[endpoint].transfer(
+            self._ask(piece, shares[0], endpoint),
+            lambda head, coming: self._open(shares, head),
+            self._patience(shares),
+            on_bytes=lambda size: self._pace(size, shares, endpoint),
+            on_retry=self._note_retry,
+        )
+
+    def _ask(self, piece: Piece, lead: _Share, endpoint: int) -> Ask:
+        """What to ask the endpoint for."""
+        load, attempt, wanted = lead.load, lead.attempt, piece.byte_range
+        request = load.request
+        # The whole object, where a range was asked for, does only if no other piece is to be had, or on its way.
+        is_all = request.byte_range is None and (wanted.start, wanted.stop) == (0, lead.part.plan.stop)
+        with self._lock:
+            moved = attempt.endpoint is not None and attempt.endpoint != endpoint
+            if moved and not load.is_provable:
+                raise _Moved("another endpoint may have another version")
+            attempt.endpoint = endpoint
+            return Ask(
+                path=request.path,
+                byte_range=None if load.whole else wanted,
+                size=attempt.head.size if attempt.head is not None else _known_size(request),
+                pinned=None if moved and request.checksum is not None else load.version,
+                held=load.held.entry.validator if load.held is not None and attempt.head is None else None,
+                allow_short=request.allow_short,
+                or_whole=is_all,
+            )
+
+    def _patience(self, shares: list[_Share]) -> Patience:
+        """As long as the most patient of those who wait, and only while somebody does."""
+        with self._lock:
+            ends = [waiter.until for share in shares for waiter in share.load.waiters]
+        known = [end for end in ends if end is not None]
+        return Patience(
+            deadline=max(known) if known and len(known) == len(ends) else None,
+            closing=self._closing,
+            cancelled=lambda: all(share.attempt.abandoned for share in shares),
+            clock=self._clock,
+        )
+
+    def _pace(self, size: int, shares: list[_Share], endpoint: int) -> None:
+        delay = self._scheduler.record(size)
+        self._heard(endpoint)
+        if self._workers < self._scheduler.limit:
+            self._spawn()
+        if delay > 0:
+            self._patience(shares).sleep(delay)
+
+    def _heard(self, endpoint: int) -> None:
+        """The endpoint is there: those who wait for it need not any longer."""
+        with self._lock:
+            self._routes.answered(endpoint, self._clock())
+            self._changed.notify_all()
+
+    def _note_retry(self, error: NetworkError) -> None:
+        with self._lock:
+            self._retries += 1
+        if isinstance(error, RateLimited | Timeout):
+            self._scheduler.refused()
+
+    # -- bytes
+
+    def _open(self, shares: list[_Share], head: HeadInfo) -> Write:
+        """Where an answer's bytes go: each load's share to its own place, what lies between to nowhere."""
+        places = [place for share in shares if (place := self._place(share, head)) is not None]
+        scatter = _Scatter(places)
+        if head.size is not None:
+            return scatter
+        is_in_memory = any(isinstance(destination, MemoryPart) for _, destination in places)
+        return _Bounded(scatter, self._config.memory_budget if is_in_memory else self._config.max_cache_size)
+
+    def _place(self, share: _Share, head: HeadInfo) -> tuple[RangeRequest, Destination] | None:
+        """The range of the object that a load wants, and the one place where its bytes go; None if nobody waits."""
+        load, attempt = share.load, share.attempt
+        pinned = load.request.validator
+        if pinned is not None and not pinned.is_strong and contradicts(head.validator, pinned):
+            raise ObjectChanged("the object was replaced: it is not the version that was asked for")
+        wanted = _wanted(load.request, head)
+        with self._lock:
+            if attempt.destination is not None and attempt.wanted is not None:
+                return attempt.wanted, attempt.destination
+        is_open_ended = head.size is None and (load.request.byte_range is None or load.request.allow_short)
+        size = None if is_open_ended else wanted.length
+        made = MemoryPart(size) if load.in_memory else self._cache.destination(size, head)
+        with self._lock:
+            if attempt.destination is None and not attempt.abandoned:
+                attempt.destination, attempt.is_open_ended = made, is_open_ended
+                attempt.head, attempt.wanted, attempt.missing = head, wanted, wanted.length
+            else:
+                made.discard()
+            if attempt.destination is None or attempt.wanted is None:
+                return None
+            return attempt.wanted, attempt.destination
+
+    def _arrived(self, shares: list[_Share], answer: Answer, endpoint: int) -> None:
+        """A piece is there: see what each of its loads still lacks."""
+        self._heard(endpoint)
+        complete = []
+        with self._lock:
+            self._requests += answer.requests
+            for share in shares:
+                if not share.attempt.abandoned and self._advance(share, answer):
+                    complete.append(share)
+                else:
+                    share.attempt.leave()
+        size = sum(share.attempt.wanted.length for share in complete if share.attempt.wanted is not None)
+        with self._relieved() if size >= _WORTH_RELIEF else contextlib.nullcontext():
+            for share in complete:
+                try:
+                    self._complete(share, answer, endpoint)
+                finally:
+                    with self._lock:
+                        share.attempt.leave()
+
+    @contextlib.contextmanager
+    def _relieved(self) -> Iterator[None]:
+        """While a worker hashes and flushes a long fragment, another may have its connection."""
+        with self._lock:
+            self._workers -= 1
+        self._spawn()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._workers += 1
+
+    def _advance(self, share: _Share, answer: Answer) -> bool:
+        """Book what a piece brought; True if the load now has everything. With the lock held."""
+        load, attempt, came = share.load, share.attempt, answer.byte_range
+        if came is None:
+            return True
+        if attempt.wanted is None:  # nothing had to be written: there is nothing where the range begins
+            attempt.head, attempt.wanted = answer.head, came
+            return True
+        if answer.head.size is None or attempt.is_open_ended:
+            return self._ends(load, answer.head, came)
+        part = _overlap(came, attempt.wanted)
+        if not load.is_provable:
+            attempt.head = answer.head
+            if part < attempt.wanted.length:
+                # Nothing proves that the rest would be of the same version: all of it has to come in one answer.
+                self._scheduler.extend(load.fragment, [attempt.wanted])
+                return False
+        attempt.missing -= part
+        planned = share.part.plan.stop
+        if attempt.missing and planned < attempt.wanted.stop:
+            rest = RangeRequest(planned, attempt.wanted.stop)
+            self._scheduler.extend(load.fragment, self._scheduler.cut(rest))
+        return attempt.missing == 0
+
+    def _ends(self, load: _Load, head: HeadInfo, came: RangeRequest) -> bool:
+        """Whether a body ended where the object does, of which no answer, or not the first, had told how long it is.
+        With the lock held."""
+        size = came.stop if head.size is None else head.size
+        if came.stop < size:  # now it comes in parts, which nothing joins: ask for all of it
+            load.whole = True
+            self._restart(load)
+            return False
+        attempt, wanted = load.attempt, load.request.byte_range or RangeRequest(0, size)
+        attempt.head, attempt.missing = head, 0
+        attempt.wanted = RangeRequest(min(wanted.start, size), min(wanted.stop, size))
+        return True
+
+    def _complete(self, share: _Share, answer: Answer, endpoint: int) -> None:
+        """All pieces are there: verify, publish, and tell whoever waits."""
+        load = share.load
+        try:
+            outcome = self._confirmed(load, answer) if answer.not_modified else self._verified(share, endpoint)
+        except NetworkError as error:
+            if error.url is None:
+                error.url = redact_url(self._config.endpoints[endpoint].url_of(load.request.path))
+                error.byte_range = load.request.byte_range
+            self._recover(share, error, endpoint)
+        else:
+            self._resolve(load, outcome)
+
+    def _confirmed(self, load: _Load, answer: Answer) -> LoadSuccess:
+        assert load.held is not None
+        data = self._cache.confirm(load.held, answer.head)
+        if data is None:
+            raise CacheError("the cached bytes are gone")
+        with self._lock:
+            self._confirmed_bytes += len(data)
+        return LoadSuccess(load.request.fragment_id, data, from_cache=True, head=load.held.head)
+
+    def _verified(self, share: _Share, endpoint: int) -> LoadSuccess:
+        load, attempt = share.load, share.attempt
+        request, head, wanted = load.request, attempt.head, attempt.wanted
+        assert head is not None
+        assert wanted is not None
+        if request.byte_range is not None and wanted.length < request.byte_range.length and not request.allow_short:
+            raise HttpError(f"the object has {wanted.stop} bytes and ends before the range asked for", status=416)
+        if attempt.destination is None:
+            attempt.destination = self._cache.destination(wanted.length, head)
+        destination = attempt.destination
+        data = destination.view()
+        if len(data) > wanted.length:  # an earlier go was longer
+            destination.truncate(wanted.length)
+            data = destination.view()
+        if len(data) < wanted.length:
+            raise ObjectChanged(f"the object has {wanted.length} bytes now, not {len(data)}")
+        if request.expected_size is not None and len(data) != request.expected_size:
+            raise ObjectChanged(f"the fragment has {len(data)} bytes, not the {request.expected_size} expected")
+        if request.checksum is not None:
+            check_checksum(data, request.checksum)
+        if head.size is None and request.byte_range is None:
+            head = replace(head, size=len(data))
+        kept = self._cache.keep(request, endpoint, head, wanted, destination)
+        return LoadSuccess(request.fragment_id, kept, head=head)
+
+    # -- when it goes wrong
+
+    def _failed(self, shares: list[_Share], error: NetworkError, endpoint: int | None) -> None:
+        with self._lock:
+            outage = endpoint is not None and self._report(endpoint, error)
+            self._changed.notify_all()
+            for share in shares:
+                share.attempt.leave()
+        for share in shares:
+            self._recover(share, error, endpoint, shared=len(shares) > 1, outage=outage)
+
+    def _report(self, endpoint: int, error: NetworkError) -> bool:
+        """Tell the routes how an endpoint did; True if its loads should wait for it. With the lock held."""
+        now = self._clock()
+        if is_unreachable(error):
+            return self._routes.unreachable(endpoint, error, now)
+        last = error.last_error if isinstance(error, RetriesExhausted) else error
+        if isinstance(last, HttpError):
+            self._routes.answered(endpoint, now)
+        else:
+            self._routes.released(endpoint)
+        return False
+
+    def _recover(
+        self, share: _Share, error: NetworkError, endpoint: int | None, *, shared: bool = False, outage: bool = False
+    ) -> None:
+        """After a failed piece: ask again, for it or for all, or give up."""
+        load = share.load
+        with self._lock:
+            if load.done or share.attempt.abandoned:
+                return  # another piece of it has failed before, and has been seen to
+            again = self._what_again(share, error, endpoint, shared or outage)
+            if again is _Again.PIECE:
+                self._scheduler.extend(load.fragment, [share.part.byte_range])
+            elif again is _Again.ALL:
+                self._restart(load)
+        if again is _Again.NOTHING:
+            is_final = isinstance(error, Cancelled | DeadlineExceeded)
+            told = error if is_final else _summary(load.failures)
+            self._resolve(load, self._stale(load, told) or told)
+
+    def _stale(self, load: _Load, error: NetworkError) -> LoadSuccess | None:
+        """What the cache has of it, where its server fails and has allowed that."""
+        data = self._cache.stale(load.held) if load.held is not None and _is_failing(error) else None
+        if data is None or load.held is None:
+            return None
+        return LoadSuccess(load.request.fragment_id, data, from_cache=True, head=load.held.head)
+
+    def _what_again(self, share: _Share, error: NetworkError, endpoint: int | None, is_passing: bool) -> _Again:
+        """What to ask for once more. With the lock held."""
+        load = share.load
+        if isinstance(error, Cancelled):
+            return _Again.NOTHING
+        if isinstance(error, DeadlineExceeded):  # of those who waited when the piece was begun; others may wait still
+            now = self._clock()
+            is_passing = any(waiter.until is None or waiter.until > now for waiter in load.waiters)
+            return _Again.PIECE if is_passing else _Again.NOTHING
+        if is_passing:  # the endpoint comes back; or another of the joined ranges is to blame: ask for each alone
+            return _Again.PIECE
+        if self._begins_again(load, error):
+            return _Again.ALL
+        if not self._goes_elsewhere(load, error, endpoint):
+            return _Again.NOTHING
+        keeps = load.is_provable and not load.whole and not isinstance(error, ChecksumMismatch)
+        return _Again.PIECE if keeps else _Again.ALL
+
+    def _begins_again(self, load: _Load, error: NetworkError) -> bool:
+        """Whether to fetch all of it once more from the same endpoint: the disk failed, the object was replaced, or the
+        server knows no ranges. With the lock held."""
+        if isinstance(error, _Moved):
+            return True
+        if isinstance(error, CacheError):
+            first = load.held is not None or not load.in_memory
+            load.in_memory, load.held = load.held is None, None
+            return first
+        if isinstance(error, HttpError) and error.status == 416 and load.attempt.missing:
+            error = ObjectChanged("the server refuses a range that it has begun to send")
+        if isinstance(error, RangeNotSupported):
+            first = load.request.byte_range is None and not load.whole
+            load.whole = load.whole or first
+            return first
+        if isinstance(error, ObjectChanged | ChecksumMismatch):
+            load.restarts += 1
+            if load.restarts > len(self._clients):
+                return False
+            if isinstance(error, ObjectChanged):
+                return load.request.validator is None
+            return len(self._excluded(load)) + 1 >= len(self._clients)
+        return False
+
+    def _goes_elsewhere(self, load: _Load, error: NetworkError, endpoint: int | None) -> bool:
+        """Whether there is another endpoint to ask; those without ranges come last. With the lock held."""
+        load.failures.append(error)
+        if endpoint is not None:
+            load.tried.add(endpoint)
+            if len(self._excluded(load)) < len(self._clients):
+                return True
+        if load.whole or not self._rangeless:
+            return False
+        load.whole = True
+        return True
+
+    def _restart(self, load: _Load) -> None:
+        """Begin a load anew. With the lock held."""
+        load.attempt.abandon()
+        load.attempt = _Attempt()
+        self._scheduler.restart(load.fragment, whole=load.whole)
+
+
+def _dropped(known: weakref.ref[Fetcher], fragment: PrioritizedFragment) -> None:
+    """The scheduler has forgotten a fragment: tell whoever waits for it."""
+    fetcher = known()
+    if fetcher is not None and isinstance(fragment, _Fragment):
+        fetcher._resolve(fragment.load, Cancelled("the queue was cleared"))
+
+
+def _ended(known: weakref.ref[Fetcher], waiting: weakref.ref[_Waiter], future: Future[LoadResult]) -> None:
+    """A future has ended: if that is because it was cancelled, its load may have to be dropped."""
+    fetcher, waiter = known(), waiting()
+    if fetcher is not None and waiter is not None and future.cancelled():
+        fetcher._dismiss(waiter, Cancelled("cancelled on request"))
+
+
+class _Scatter:
+    """Writes a stream of one object's bytes to the places that want parts of it."""
+
+    def __init__(self, places: list[tuple[RangeRequest, Destination]]) -> None:
+        self._places = sorted(places, key=lambda place: place[0].start)
+        self._starts = [wanted.start for wanted, _ in self._places]
+
+    def __call__(self, offset: int, data: memoryview) -> None:
+        end = offset + len(data)
+        first = max(0, bisect.bisect_right(self._starts, offset) - 1)
+        for wanted, destination in self._places[first:]:
+            low, high = max(wanted.start, offset), min(wanted.stop, end)
+            if low < high:
+                destination.write(low - wanted.start, data[low - offset : high - offset])
+            if wanted.stop >= end:
+                break
+
+
+class _Bounded:
+    """Writes a body of unknown size up to ``most`` bytes of it: a server may send for ever."""
+
+    def __init__(self, write: Write, most: int) -> None:
+        self._write = write
+        self._most = most
+
+    def __call__(self, offset: int, data: memoryview) -> None:
+        if offset + len(data) > self._most:
+            raise NetworkError(
+                f"the server did not say how long the body is, and it is longer than {self._most} bytes: raise"
+                " memory_budget, or max_cache_size if it goes to disk"
+            )
+        self._write(offset, data)
+
+
+_UNTIL_ITS_END = RangeRequest(0, 1 << 62)
+
+
+def _defect(error: Exception) -> NetworkError:
+    """What a caller is told of a defect of ours, which must not leave it waiting for ever."""
+    told = NetworkError(f"internal error: {error!r}; please report it")
+    told.__cause__ = error
+    return told
+
+
+def _is_failing(error: NetworkError) -> bool:
+    """Whether the error says that a server does not do its work, rather than what it has."""
+    last = error.last_error if isinstance(error, RetriesExhausted) else error
+    return isinstance(last, ConnectionFailed | Timeout) or (isinstance(last, HttpError) and last.status >= 500)
+
+
+def _wanted(request: LoadRequest, head: HeadInfo) -> RangeRequest:
+    """The range of the object that a request wants, now that its size is known (or known to be unknown)."""
+    wanted, size = request.byte_range, head.size
+    if wanted is None:
+        return _UNTIL_ITS_END if size is None else RangeRequest(0, size)
+    if size is None or wanted.stop <= size:
+        return wanted
+    if not request.allow_short:
+        raise HttpError(f"the object has {size} bytes and ends before the range asked for", status=416)
+    return RangeRequest(min(wanted.start, size), size)
+
+
+def _known_size(request: LoadRequest) -> int | None:
+    return request.expected_size if request.byte_range is None else None
+
+
+def _overlap(one: RangeRequest, other: RangeRequest) -> int:
+    return max(0, min(one.stop, other.stop) - max(one.start, other.start))
+
+
+def _identity(request: LoadRequest) -> object:
+    """What makes two requests one load."""
+    return (
+        request.path,
+        request.byte_range,
+        request.checksum,
+        request.validator,
+        request.expected_size,
+        request.allow_short,
+    )
+
+
+def _summary(errors: list[NetworkError]) -> NetworkError:
+    """One error for a load that failed at every endpoint: the error itself, if they all say the same."""
+    last = errors[-1]
+    if len({type(error) for error in errors}) == 1:
+        return last
+    told = "; ".join(f"{error.url or 'an endpoint'}: {error.message}" for error in errors)
+    attempts = sum(error.attempts for error in errors)
+    return RetriesExhausted(f"every endpoint failed: {told}", attempts=attempts, last_error=last)

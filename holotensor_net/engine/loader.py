@@ -1,0 +1,256 @@
+"""NetworkLoader: the one door to the engine."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config import NetworkConfig, offline
+from ..errors import Cancelled, ConfigurationError, NetworkError, OfflineError, redact_url
+from ..storage.cache import FragmentCache
+from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority, RangeRequest
+from .fetcher import Fetcher
+from .request_cache import Found, RequestCache
+from .scheduler import Scheduler
+from .streaming import StreamingLoader
+
+__all__ = ["LoaderStats", "NetworkLoader"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderStats:
+    """A snapshot of a loader. Sizes in bytes, ``bandwidth`` in bytes/s.
+
+    ``bytes_fetched`` came over the network, what was thrown away included; ``bytes_cached`` from the cache.
+    ``connections`` are in use now, ``limit`` may be. ``queued``, ``completed`` and ``failed`` count fragments.
+    """
+
+    bytes_fetched: int
+    bytes_cached: int
+    requests: int
+    retries: int
+    queued: int
+    completed: int
+    failed: int
+    connections: int
+    limit: int
+    bandwidth: float
+
+
+class NetworkLoader:
+    """Loads fragments: from the cache where it can, else over the network, most urgent first.
+
+    Thread-safe, and a context manager: ``close`` interrupts what runs, resolves what is left with Cancelled, and
+    leaves no thread. Raises ConfigurationError if there is no endpoint to ask.
+    """
+
+    def __init__(self, config: NetworkConfig | None = None) -> None:
+        self.config = (config or NetworkConfig()).with_default_endpoint()
+        self._closed = False
+        self._build()
+        _watch_over(self)
+
+    def _build(self) -> None:
+        """Everything that has locks and threads; a child process builds its own."""
+        self.cache = FragmentCache(self.config.cache)
+        ceiling = min(self.config.max_concurrent, sum(endpoint.max_connections for endpoint in self.config.endpoints))
+        self.scheduler = Scheduler(replace(self.config.scheduler, max_concurrent=ceiling))
+        self._requests = RequestCache(self.cache, self.config.endpoints)
+        self._fetcher = Fetcher(self.config, self.scheduler, self._requests)
+        self._lock = threading.Lock()  # guards what follows, and whether it is closed
+        self._bytes_cached = 0
+        self._streams: weakref.WeakSet[StreamingLoader] = weakref.WeakSet()
+
+    def __enter__(self) -> NetworkLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def load(self, request: LoadRequest) -> LoadResult:
+        """The fragment, or why there is none; waits for it, up to its deadline."""
+        future = self.enqueue(request, shared=False)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # an interrupt: do not go on for nobody
+            raise
+
+    def load_range(self, request: LoadRequest, start: int, stop: int) -> LoadResult:
+        """Bytes ``[start, stop)`` of the fragment that ``request`` names; its checksum, being of the whole, is not
+        checked. Raises ConfigurationError for bytes that are known to lie beyond its end."""
+        base = request.byte_range.start if request.byte_range is not None else 0
+        length = request.byte_range.length if request.byte_range is not None else request.expected_size
+        if length is not None and stop > length:
+            raise ConfigurationError(f"stop must be at most {length}, where the fragment ends, not {stop!r}")
+        wanted = RangeRequest(base + start, base + stop)
+        part = replace(request, byte_range=wanted, expected_size=wanted.length, checksum=None, allow_short=False)
+        return self.load(part)
+
+    def enqueue(self, request: LoadRequest, *, shared: bool = True) -> Future[LoadResult]:
+        """A future for the result: done already if the cache has it fresh, the same if the same request is in flight.
+
+        ``shared=False``: a future of the caller's own, which nobody else can cancel; the bytes come only once all the
+        same. A full queue makes the caller wait. Raises Cancelled once the loader is closed.
+        """
+        if self._closed:
+            raise Cancelled("the loader is closed: make a new one")
+        try:
+            answer = self._from_cache(request)
+        except NetworkError as error:  # a path that cannot be asked for
+            answer = LoadFailure(request.fragment_id, error)
+        if answer is None or isinstance(answer, Found):
+            return self._fetcher.submit(request, answer, shared=shared)
+        future: Future[LoadResult] = Future()
+        future.set_result(answer)
+        return future
+
+    def enqueue_many(self, requests: Iterable[LoadRequest]) -> list[Future[LoadResult]]:
+        """A future for each request, in their order."""
+        return [self.enqueue(request) for request in requests]
+
+    def stream(self, requests: Iterable[LoadRequest | str], **options: Any) -> StreamingLoader:
+        """Results as they come, most urgent first; ``options`` are those of StreamingLoader."""
+        return StreamingLoader(self, **options).start(requests)
+
+    def update_priority(self, fragment_id: str, priority: Priority) -> bool:
+        """Move a fragment that has not arrived to another level; False if none of that name is on its way."""
+        with self._lock:
+            streams = list(self._streams)
+        moved = [stream.update_priority(fragment_id, priority) for stream in streams]
+        return self._fetcher.update_priority(fragment_id, priority) or any(moved)
+
+    def cancel(self, fragment_id: str) -> bool:
+        """Stop waiting for a fragment: its result is a failure with Cancelled. False if none of that name is on its
+        way."""
+        return self._fetcher.cancel(fragment_id)
+
+    def head(self, path: str) -> HeadInfo:
+        """What an endpoint says of an object, without its body; offline, what the cache knows. Raises NetworkError."""
+        if not offline(self.config.offline):
+            return self._fetcher.head(path)
+        found = self._requests.find(LoadRequest(path, path))
+        if found is None:
+            raise _not_cached(path)
+        return found.head
+
+    def is_cached(self, request: LoadRequest) -> bool:
+        """Whether the fragment could be given without asking the network."""
+        found = self._requests.find(request)
+        if found is None or not (found.is_fresh or offline(self.config.offline)):
+            return self._slice_of_whole(request, offline(self.config.offline)) is not None
+        return True
+
+    def stats(self) -> LoaderStats:
+        """What the loader has done so far, and is doing now."""
+        scheduler, fetcher = self.scheduler.stats(), self._fetcher.stats()
+        with self._lock:
+            cached = self._bytes_cached
+        return LoaderStats(
+            bytes_fetched=scheduler.total_bytes,
+            bytes_cached=cached + fetcher.confirmed_bytes,
+            requests=fetcher.requests,
+            retries=fetcher.retries,
+            queued=scheduler.queued,
+            completed=scheduler.completed,
+            failed=scheduler.failed,
+            connections=scheduler.active,
+            limit=scheduler.limit,
+            bandwidth=scheduler.bandwidth,
+        )
+
+    def sync(self) -> None:
+        """Make durable what the cache still holds in memory of its books."""
+        self.cache.sync()
+
+    def close(self) -> None:
+        """Stop; idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._fetcher.close()
+        self.cache.close()
+
+    def _watch(self, stream: StreamingLoader) -> None:
+        """Let ``update_priority`` reach what a stream has not handed over yet."""
+        with self._lock:
+            self._streams.add(stream)
+
+    def _from_cache(self, request: LoadRequest) -> LoadSuccess | LoadFailure | Found | None:
+        """A result without the network, or what the cache has that the network may confirm."""
+        began = time.monotonic()
+        if request.byte_range is not None and not request.byte_range.length:
+            return LoadSuccess(request.fragment_id, memoryview(b""))
+        is_offline = offline(self.config.offline)
+        found = self._requests.find(request)
+        data = self._requests.data(found) if found is not None and (found.is_fresh or is_offline) else None
+        if data is None:
+            data, found = self._slice_of_whole(request, is_offline) or (None, found)
+        if data is not None and found is not None:
+            with self._lock:
+                self._bytes_cached += len(data)
+            duration = time.monotonic() - began
+            return LoadSuccess(request.fragment_id, data, duration, from_cache=True, head=found.head)
+        if is_offline:
+            return LoadFailure(request.fragment_id, _not_cached(request.path), time.monotonic() - began)
+        return None if found is None or found.is_fresh else found
+
+    def _slice_of_whole(self, request: LoadRequest, is_offline: bool) -> tuple[memoryview, Found] | None:
+        """The range out of the whole object, if that is cached."""
+        wanted = request.byte_range
+        if wanted is None or request.checksum is not None:
+            return None
+        found = self._requests.find(replace(request, byte_range=None, expected_size=None))
+        if found is None or not (found.is_fresh or is_offline):
+            return None
+        data = self._requests.data(found)
+        if data is None or (wanted.stop > len(data) and not request.allow_short):
+            return None
+        return data[wanted.start : wanted.stop], found
+
+
+def _not_cached(path: str) -> OfflineError:
+    name = redact_url(path)
+    return OfflineError(f"{name!r} is not in the cache: fetch it once without offline= and HOLOTENSOR_OFFLINE")
+
+
+_hooked = False
+_open: weakref.WeakSet[NetworkLoader | Fetcher] = weakref.WeakSet()
+
+
+def _watch_over(loader: NetworkLoader) -> None:
+    """Have the loader closed at the interpreter's end, and made anew in a child process, whose threads are gone.
+
+    The end comes before the interpreter waits for threads, which it does before ``atexit`` runs. A loader that nobody
+    holds any more leaves its fetcher behind until the last future is resolved.
+    """
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        register = getattr(threading, "_register_atexit", atexit.register)
+        register(_close_all)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_build_all)
+    _open.update((loader, loader._fetcher))
+
+
+def _close_all() -> None:
+    for one in list(_open):
+        one.close()
+
+
+def _build_all() -> None:
+    loaders = [one for one in _open if isinstance(one, NetworkLoader)]
+    _open.clear()
+    for loader in loaders:
+        if not loader._closed:
+            loader._build()
+            _open.update((loader, loader._fetcher))

@@ -1,0 +1,84 @@
+"""Where to cut a long range, and what to read in one request. Values in, values out."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+
+from ..errors import ConfigurationError
+from ..values import RangeRequest
+
+__all__ = ["coalesce", "gap_worth_reading", "join_neighbours", "split"]
+
+
+def split(byte_range: RangeRequest, piece_size: int) -> Iterator[RangeRequest]:
+    """The range in the fewest pieces of at most ``piece_size`` bytes, which differ by a byte at most.
+
+    Equal pieces leave no tiny last one, which would cost a request of its own. An empty range has no pieces.
+
+    Raises ConfigurationError if ``piece_size`` is below 1.
+    """
+    if piece_size < 1:
+        raise ConfigurationError(f"piece_size must be 1 byte or more, not {piece_size!r}")
+    start, length = byte_range.start, byte_range.length
+    count = -(-length // piece_size)
+    return (RangeRequest(start + length * i // count, start + length * (i + 1) // count) for i in range(count))
+
+
+def coalesce(ranges: Sequence[RangeRequest], max_gap: int) -> list[RangeRequest]:
+    """Join neighbours whose gap in bytes is cheaper to read than a request, and give the result in order.
+
+    The ranges may come in any order; empty ones ask for nothing and are left out.
+
+    Raises ConfigurationError (a ValueError) if two ranges overlap, or ``max_gap`` is below 0.
+    """
+    if max_gap < 0:
+        raise ConfigurationError(f"max_gap must be 0 bytes or more, not {max_gap!r}")
+    joined: list[RangeRequest] = []
+    for following in sorted(r for r in ranges if r.length):
+        if joined and following.start < joined[-1].stop:
+            raise ConfigurationError(f"ranges must not overlap, and {following} begins before byte {joined[-1].stop}")
+        if joined and following.start - joined[-1].stop <= max_gap:
+            joined[-1] = RangeRequest(joined[-1].start, following.stop)
+        else:
+            joined.append(following)
+    return joined
+
+
+def gap_worth_reading(round_trip: float, rate: float) -> int:
+    """The bytes that pass in one round trip (seconds) at ``rate`` bytes/s: to read as many costs what a request would.
+
+    0 while either is unknown (not finite, or not above 0).
+    """
+    gap = round_trip * rate
+    return int(gap) if round_trip > 0 and math.isfinite(gap) and gap > 0 else 0
+
+
+def join_neighbours(anchor: RangeRequest, others: Sequence[RangeRequest], *, max_gap: int, max_length: int) -> range:
+    """The indices of those among ``others`` to read in one request together with ``anchor``.
+
+    ``others`` are in order and do not overlap. The request grows on the side of the narrower gap, forwards where they
+    are equal, until the next gap is wider than ``max_gap`` bytes or the whole would be longer than ``max_length``.
+    A neighbour that overlaps the anchor is left to a request of its own. O(log n) and what was joined.
+    """
+    low = high = bisect.bisect_left(others, anchor)
+    start, stop = anchor.start, anchor.stop
+
+    def cost(gap: int, length: int) -> float:
+        return gap if 0 <= gap <= max_gap and length <= max_length else math.inf
+
+    while True:
+        ahead = behind = math.inf
+        if high < len(others):
+            ahead = cost(others[high].start - stop, others[high].stop - start)
+        if low > 0:
+            behind = cost(start - others[low - 1].stop, stop - others[low - 1].start)
+        if ahead == behind == math.inf:
+            return range(low, high)
+        if ahead <= behind:
+            stop = others[high].stop
+            high += 1
+        else:
+            low -= 1
+            start = others[low].start

@@ -1,0 +1,168 @@
+"""What the cache knows of a request: between requests, which name paths and ranges, and the cache, which knows keys.
+
+A key is the hash of what tells one answer from another: URL, range, and the scope of the credentials, so that two
+tenants of one machine never see each other's bytes. A request with a checksum is known by that alone: whoever served
+it, it is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..config import CdnEndpoint
+from ..errors import CacheError, redact_url, without_query
+from ..storage.blobs import PartFile
+from ..storage.cache import CacheEntry, FragmentCache
+from ..storage.memory import MemoryPart
+from ..values import HeadInfo, LoadRequest, RangeRequest, Validator
+
+__all__ = ["Destination", "Found", "RequestCache", "contradicts"]
+
+_log = logging.getLogger("holotensor_net.cache")
+
+
+class Destination(Protocol):
+    """Where the bytes of a fragment go as they come; offsets count from the fragment's start."""
+
+    def write(self, offset: int, data: memoryview, /) -> None: ...
+    def view(self) -> memoryview: ...
+    def truncate(self, size: int, /) -> None: ...
+    def discard(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A cached answer to a request. One that is not fresh may be used only if ``endpoint`` confirms its version."""
+
+    key: str
+    entry: CacheEntry
+    endpoint: int
+    is_fresh: bool
+
+    @property
+    def head(self) -> HeadInfo:
+        entry = self.entry
+        return HeadInfo(entry.object_size, entry.validator, headers=entry.headers)
+
+
+class RequestCache:
+    """A FragmentCache, asked in terms of requests to a loader's endpoints."""
+
+    def __init__(
+        self, cache: FragmentCache, endpoints: Sequence[CdnEndpoint], *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._cache = cache
+        self._endpoints = endpoints
+        self._clock = clock
+
+    def key(self, request: LoadRequest, endpoint: int) -> str:
+        """The cache's key for the answer of one endpoint to a request."""
+        if request.checksum is not None:
+            return f"digest\n{request.checksum}"
+        where = self._endpoints[endpoint]
+        wanted = request.byte_range
+        part = "whole" if wanted is None else f"{wanted.start}-{wanted.stop}"
+        return "\n".join(("url", where.url_of(request.path), part, where.scope))
+
+    def find(self, request: LoadRequest) -> Found | None:
+        """The best cached answer: a fresh one of any endpoint, else a stale one that its endpoint may confirm."""
+        stale: Found | None = None
+        for index in range(len(self._endpoints)):
+            key = self.key(request, index)
+            entry = self._cache.get_entry(key)
+            if entry is None or not _fits(request, entry):
+                continue
+            if request.checksum is not None or _is_pinned(request, entry) or not self._cache.needs_revalidation(key):
+                return Found(key, entry, index, is_fresh=True)
+            stale = stale or Found(key, entry, index, is_fresh=False)
+        return stale
+
+    def data(self, found: Found) -> memoryview | None:
+        """The bytes of a cached answer; None if they are gone or damaged."""
+        return self._cache.get(found.key)
+
+    def confirm(self, found: Found, head: HeadInfo) -> memoryview | None:
+        """The bytes of a stale answer whose endpoint has just said that they still hold (304); None if they are gone,
+        or the endpoint spoke of others."""
+        data = self._cache.get(found.key)
+        return data if self._cache.revalidated(found.key, head.headers) else None
+
+    def stale(self, found: Found) -> memoryview | None:
+        """The bytes of a stale answer whose endpoint fails, if it has allowed that (RFC 5861 §4)."""
+        return self._cache.get(found.key) if found.entry.freshness.may_serve_stale(self._clock()) else None
+
+    def destination(self, size: int | None, head: HeadInfo) -> Destination:
+        """A place for a fragment: a part file, or memory where the disk has none or the server forbids to store."""
+        if "no-store" not in head.headers.get("cache-control", "").lower():
+            try:
+                part = self._cache.create(size)
+            except CacheError as error:
+                _log.info("kept in memory: %s", error)  # the cache will warn, once, when it is to keep the bytes
+            else:
+                if part is not None:
+                    return part
+        return MemoryPart(size)
+
+    def keep(
+        self, request: LoadRequest, endpoint: int, head: HeadInfo, wanted: RangeRequest, destination: Destination
+    ) -> memoryview:
+        """Publish a complete fragment, and give its bytes; a cache that fails costs the entry, never the bytes."""
+        data = destination.view()
+        entry = self._entry(request, endpoint, head, wanted)
+        key = self.key(request, endpoint)
+        try:
+            if isinstance(destination, PartFile):
+                return self._cache.adopt(key, destination, entry)
+            return self._cache.put(key, data, entry) if entry.freshness.is_storable else data
+        except CacheError as error:
+            _log.warning("not cached: %s", error)
+            return data
+
+    def _entry(self, request: LoadRequest, endpoint: int, head: HeadInfo, wanted: RangeRequest) -> CacheEntry:
+        return CacheEntry(
+            fragment_id=without_query(request.fragment_id),
+            size=wanted.length,
+            etag=head.etag,
+            last_modified=head.last_modified,
+            url=redact_url(self._endpoints[endpoint].url_of(request.path)),
+            byte_range=request.byte_range,
+            object_size=head.size,
+            validator_is_strong=head.validator.is_strong,
+            headers=head.headers,
+        )
+
+
+def _fits(request: LoadRequest, entry: CacheEntry) -> bool:
+    """Whether a cached answer can be one to this request at all."""
+    if request.expected_size is not None and entry.size != request.expected_size:
+        return False
+    wanted, pinned = request.byte_range, request.validator
+    if wanted is not None and entry.size != wanted.length and not request.allow_short:
+        return False
+    if pinned is None or request.checksum is not None:
+        return True
+    return _same(pinned, entry.validator) if pinned.is_strong else not contradicts(entry.validator, pinned)
+
+
+def _is_pinned(request: LoadRequest, entry: CacheEntry) -> bool:
+    """Whether the request names the very version that is cached: then there is nothing to ask."""
+    pinned = request.validator
+    return pinned is not None and pinned.is_strong and _same(pinned, entry.validator)
+
+
+def contradicts(said: Validator, pinned: Validator) -> bool:
+    """Whether an answer is surely of another version than the one pinned, be the validators weak."""
+    if said.etag is not None and pinned.etag is not None:
+        return said.etag.removeprefix("W/") != pinned.etag.removeprefix("W/")
+    return None not in (said.last_modified, pinned.last_modified) and said.last_modified != pinned.last_modified
+
+
+def _same(one: Validator, other: Validator) -> bool:
+    """Whether two validators surely are of one version: an entity tag alone tells, where there is one."""
+    if not (one.is_strong and other.is_strong) or one.etag != other.etag:
+        return False
+    return one.etag is not None or one.last_modified == other.last_modified

@@ -1,0 +1,548 @@
+"""Which piece next, when, and with how many connections at once."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ..config import NetworkConfig, SchedulerConfig
+from ..errors import ConfigurationError, Timeout
+from ..values import LoadRequest, Priority, RangeRequest, Validator
+from .bandwidth import BandwidthMonitor
+from .pacing import ConcurrencyController, Interval, RateBudget
+from .planning import gap_worth_reading, join_neighbours, split
+from .priority import PrioritizedFragment, PriorityQueue
+
+__all__ = ["Part", "Piece", "Plan", "Scheduler", "SchedulerStats"]
+
+_INTERVAL = 0.25
+_ROUND_TRIP = 0.02
+_LARGEST_GAP = 256 * 1024
+_SETTLED = object()  # the state of a fragment that is done with: whatever comes too late for it is ignored
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """What is left to hand out of a fragment that has been begun, up to where, and whether the queue holds it.
+
+    ``place`` is the one that it had in the queue, and will have again: what was begun is ended before its equals begin.
+    """
+
+    pending: deque[RangeRequest]
+    stop: int
+    queued: bool = True
+    place: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """The bytes of one fragment that a piece brings, as a range of the object.
+
+    ``plan`` is the one that it was taken from; a fragment that was begun anew since then has another.
+    """
+
+    fragment: PrioritizedFragment
+    byte_range: RangeRequest
+    plan: Plan
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the fragment was begun anew, or is done with, since the piece was handed out."""
+        return self.fragment.state is not self.plan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """One range to ask for: part of a long fragment, a whole one, or several short neighbours joined."""
+
+    parts: tuple[Part, ...]
+    byte_range: RangeRequest
+
+    @property
+    def fragment(self) -> PrioritizedFragment:
+        return self.parts[0].fragment
+
+    @property
+    def request(self) -> LoadRequest:
+        return self.fragment.request
+
+    @property
+    def fragment_id(self) -> str:
+        return self.request.fragment_id
+
+    @property
+    def priority(self) -> Priority:
+        return self.fragment.priority
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """A snapshot. ``queued``, ``completed``, ``failed`` count fragments, ``active`` and ``limit`` connections;
+    rates in bytes/s."""
+
+    queued: int
+    active: int
+    limit: int
+    completed: int
+    failed: int
+    bandwidth: float
+    total_bytes: int
+
+
+class _Shorts:
+    """The queued short fragments of one object in order of their ranges, to find neighbours in O(log n) and those that
+    are near enough."""
+
+    def __init__(self) -> None:
+        self._longest = 0
+        self._keys: list[tuple[int, int, int]] = []
+        self._fragments: dict[tuple[int, int, int], PrioritizedFragment] = {}
+
+    def add(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> None:
+        key = (wanted.start, wanted.stop, id(fragment))
+        bisect.insort(self._keys, key)
+        self._longest = max(self._longest, wanted.length)
+        self._fragments[key] = fragment
+
+    def __contains__(self, fragment: PrioritizedFragment) -> bool:
+        wanted = fragment.request.byte_range
+        return wanted is not None and (wanted.start, wanted.stop, id(fragment)) in self._fragments
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def discard(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> None:
+        key = (wanted.start, wanted.stop, id(fragment))
+        if self._fragments.pop(key, None) is not None:
+            del self._keys[bisect.bisect_left(self._keys, key)]
+
+    def around(self, wanted: RangeRequest, level: Priority, *, gap: int, length: int) -> list[PrioritizedFragment]:
+        """Those of one level that a request for ``wanted`` could come to bring along, in order and without overlaps, if
+        it grows to ``length`` bytes at most, over gaps of at most ``gap`` bytes."""
+        return [*reversed(self._before(wanted, level, gap, length)), *self._after(wanted, level, gap, length)]
+
+    def _after(self, wanted: RangeRequest, level: Priority, gap: int, length: int) -> list[PrioritizedFragment]:
+        found, end = [], wanted.stop
+        for index in range(bisect.bisect_left(self._keys, (end, 0, 0)), len(self._keys)):
+            start, stop, _ = key = self._keys[index]
+            if start - end > gap:
+                break
+            if start >= end and stop - wanted.start <= length and self._fragments[key].priority == level:
+                found.append(self._fragments[key])
+                end = stop
+        return found
+
+    def _before(self, wanted: RangeRequest, level: Priority, gap: int, length: int) -> list[PrioritizedFragment]:
+        found, begin = [], wanted.start
+        for index in range(bisect.bisect_left(self._keys, (begin, 0, 0)) - 1, -1, -1):
+            start, stop, _ = key = self._keys[index]
+            if begin - start > gap + self._longest:
+                break
+            is_near = 0 <= begin - stop <= gap and wanted.stop - start <= length
+            if is_near and self._fragments[key].priority == level:
+                found.append(self._fragments[key])
+                begin = start
+        return found
+
+
+class Scheduler:
+    """Hands out pieces, most urgent first, as many at a time as the path needs.
+
+    Thread-safe. The first piece of a fragment goes alone until an answer has told which version the object has,
+    unless the request pins one or knows its digest: pieces of two versions never meet. ``dropped`` is told of each
+    fragment that ``clear`` forgets. Its one lock, which two Conditions share, guards everything but the queue, which
+    has one of its own.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig | NetworkConfig | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config.scheduler if isinstance(config, NetworkConfig) else config or SchedulerConfig()
+        self.monitor = BandwidthMonitor()
+        self._clock = clock
+        self.dropped: Callable[[PrioritizedFragment], object] = lambda fragment: None
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # for whoever waits for a piece
+        self._room = threading.Condition(lock)  # for whoever waits for the queue to grow shorter
+        self._queue = PriorityQueue(clock=clock)
+        self._shorts: dict[tuple[str, Validator | None], _Shorts] = {}
+        self._parked: set[PrioritizedFragment] = set()
+        self._controller = ConcurrencyController(self.config.max_concurrent)
+        self._budget = RateBudget(self.config.max_bandwidth)
+        self._active = 0
+        self._total_bytes = 0
+        self._completed = 0
+        self._failed = 0
+        self._closed = False
+        self._is_idle = True
+        self._begin_interval(clock())
+
+    # -- in
+
+    def enqueue(
+        self, request: LoadRequest, *, alone: bool = False, timeout: float | None = None
+    ) -> PrioritizedFragment:
+        """Queue a fragment. A full queue makes the caller wait, up to ``timeout`` seconds; then Timeout is raised.
+
+        ``alone``: never join it with neighbours (its request carries conditions of its own).
+        """
+        fragment = PrioritizedFragment(request, queued_at=self._clock())
+        self.push(fragment, alone=alone, timeout=timeout)
+        return fragment
+
+    def push(
+        self,
+        fragment: PrioritizedFragment,
+        *,
+        alone: bool = False,
+        whole: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """``enqueue``, for a fragment that exists already. ``whole``: hand it out in one piece, however long it is."""
+        with self._changed:
+            if not self._room.wait_for(lambda: fragment.state is _SETTLED or self._has_room(), timeout):
+                raise Timeout(
+                    f"the queue holds {self.config.queue_limit} fragments: wait for results before adding more"
+                )
+            if not self._closed and fragment.state is not _SETTLED:
+                self._put(fragment, alone=alone, whole=whole)
+
+    def enqueue_many(self, requests: Iterable[LoadRequest]) -> list[PrioritizedFragment]:
+        """Queue fragments, in order."""
+        return [self.enqueue(request) for request in requests]
+
+    def extend(self, fragment: PrioritizedFragment, ranges: Iterable[RangeRequest]) -> None:
+        """Queue further ranges of a fragment that was begun, as they are: the caller has cut them."""
+        with self._changed:
+            if self._closed or fragment.state is _SETTLED:
+                return
+            plan = self._plan(fragment)
+            for byte_range in ranges:
+                plan.pending.append(byte_range)
+                plan.stop = max(plan.stop, byte_range.stop)
+            self._parked.discard(fragment)
+            if not plan.queued:
+                plan.queued = True
+                self._queue.push(fragment, place=plan.place)
+            self._changed.notify_all()
+
+    def restart(self, fragment: PrioritizedFragment, *, whole: bool = False) -> None:
+        """Queue a fragment that was begun as if it had not been: at once, however full the queue is."""
+        with self._changed:
+            if self._closed or fragment.state is _SETTLED:
+                return
+            self._drop(fragment)
+            fragment.state = None
+            self._put(fragment, alone=True, whole=whole)
+
+    def cut(self, byte_range: RangeRequest) -> Iterable[RangeRequest]:
+        """A range in pieces of at most ``chunk_size`` bytes."""
+        return split(byte_range, self.config.chunk_size)
+
+    # -- out
+
+    def next(self, timeout: float | None = None) -> Piece | None:
+        """The most urgent piece, once there is a connection to spare and the rate budget allows; None if nothing is
+        queued (or the wait was longer than ``timeout`` seconds). ``release`` gives the connection back.
+        """
+        end = None if timeout is None else self._clock() + timeout
+        with self._changed:
+            while True:
+                if self._closed or not len(self._queue):
+                    return None
+                now = self._clock()
+                wait = self._budget.delay(now) if self._active < self.limit else None
+                if wait is not None and wait <= 0:
+                    return self._take(now)
+                if end is not None:
+                    wait = end - now if wait is None else min(wait, end - now)
+                    if wait <= 0:
+                        return None
+                self._changed.wait(wait)
+
+    def release(self, piece: Piece) -> None:
+        """Give back the connection of a piece."""
+        with self._changed:
+            now = self._clock()
+            self._account(now)
+            self._active -= 1
+            # Between two pieces of a lone connection the interval goes on: it would never come to its end.
+            self._is_idle = not self._active and not len(self._queue)
+            self._revise(now, force=self._is_idle)
+            self._changed.notify()
+
+    def refused(self) -> None:
+        """The server wanted fewer connections (429, 503, a timeout)."""
+        with self._changed:
+            now = self._clock()
+            self._account(now)
+            self._refusals += 1
+            self._revise(now, force=True)
+
+    def settle(self, fragment: PrioritizedFragment, *, success: bool) -> None:
+        """The fragment is done with: count it, and drop what is left of it."""
+        with self._changed:
+            self._drop(fragment)
+            fragment.state = _SETTLED
+            self._completed += success
+            self._failed += not success
+            self._changed.notify_all()
+            self._room.notify_all()
+
+    def record(self, size: int) -> float:
+        """Bytes have arrived; gives the seconds to pause before the next read, so that ``max_bandwidth`` holds."""
+        with self._changed:
+            now = self._clock()
+            self._account(now)
+            self._bytes += size
+            self._total_bytes += size
+            self._budget.spend(size, now)
+            self._revise(now)
+            return self._budget.delay(now)
+
+    # -- what is going on
+
+    @property
+    def queue_len(self) -> int:
+        """Fragments of which something is still to be handed out."""
+        return len(self._queue)
+
+    @property
+    def active(self) -> int:
+        """Pieces being fetched."""
+        return self._active
+
+    @property
+    def limit(self) -> int:
+        """Connections that may be used at once, now."""
+        return self._controller.limit if self.config.monitor_bandwidth else self.config.max_concurrent
+
+    @property
+    def completed(self) -> int:
+        """Fragments that arrived."""
+        return self._completed
+
+    @property
+    def failed(self) -> int:
+        """Fragments that did not."""
+        return self._failed
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s, lately."""
+        return self.monitor.current_bandwidth
+
+    def should_throttle(self) -> bool:
+        """Whether the network gives less than ``min_bandwidth`` while it is used: asking for more would not help."""
+        measured = self.monitor.current_bandwidth
+        return self.config.monitor_bandwidth and self._active > 0 and 0 < measured < self.config.min_bandwidth
+
+    def stats(self) -> SchedulerStats:
+        """A snapshot of everything that is counted here."""
+        with self._changed:
+            return SchedulerStats(
+                queued=len(self._queue),
+                active=self._active,
+                limit=self.limit,
+                completed=self._completed,
+                failed=self._failed,
+                bandwidth=self.monitor.current_bandwidth,
+                total_bytes=self._total_bytes,
+            )
+
+    # -- changes of mind
+
+    def update_priority(self, fragment_id: str, priority: Priority) -> bool:
+        """Move all fragments of this id that are not done to another level; False if there is none."""
+        level = _level(priority)
+        with self._changed:
+            moved = self._queue.update_priority(fragment_id, level)
+            for fragment in self._parked:
+                if fragment.fragment_id == fragment_id:
+                    fragment.priority = level
+                    moved = True
+            return moved
+
+    def move(self, fragment: PrioritizedFragment, priority: Priority) -> None:
+        """Move exactly this fragment to another level, wherever it is."""
+        level = _level(priority)
+        with self._changed:
+            if fragment.priority != level:
+                is_queued = self._queue.discard(fragment)
+                fragment.priority = level
+                if is_queued:
+                    self._queue.push(fragment)
+
+    def clear(self) -> None:
+        """Forget everything that is queued; what is being fetched goes on."""
+        for fragment in self._forget_queued():
+            self.dropped(fragment)
+
+    def close(self) -> None:
+        """Hand out nothing more; whoever waits for a piece gets None."""
+        with self._changed:
+            self._closed = True
+            self._forget_queued()
+
+    # -- inside: all of it with the Condition held
+
+    @property
+    def _short(self) -> int:
+        return self.config.chunk_size // 4
+
+    def _has_room(self) -> bool:
+        return self._closed or len(self._queue) < self.config.queue_limit
+
+    def _put(self, fragment: PrioritizedFragment, *, alone: bool, whole: bool) -> None:
+        wanted = fragment.request.byte_range
+        if whole:
+            opening = _opening(fragment.request, self.config.chunk_size)
+            fragment.state = Plan(deque([opening]), opening.stop)
+        elif not alone and wanted is not None and wanted.length <= self._short and not fragment.request.allow_short:
+            self._shorts.setdefault(_neighbourhood(fragment), _Shorts()).add(fragment, wanted)
+        self._queue.push(fragment)
+        self._changed.notify()
+
+    def _plan(self, fragment: PrioritizedFragment) -> Plan:
+        """The plan of a fragment; if it has none yet, all of its ranges where that is safe, else the first."""
+        if fragment.state is None:
+            wanted = _opening(fragment.request, self.config.chunk_size)
+            pieces = list(self.cut(wanted)) if _is_safe(fragment.request) else []
+            if not pieces:
+                pieces = [RangeRequest(wanted.start, min(wanted.stop, wanted.start + self.config.chunk_size))]
+            fragment.state = Plan(deque(pieces), pieces[-1].stop)
+        assert isinstance(fragment.state, Plan)
+        return fragment.state
+
+    def _take(self, now: float) -> Piece:
+        fragment = self._queue.peek()
+        assert fragment is not None
+        is_short = self._is_short(fragment)
+        wanted = self._take_range(fragment)
+        parts = [self._part(fragment, wanted), *(self._neighbours(fragment, wanted) if is_short else [])]
+        parts.sort(key=lambda part: part.byte_range.start)
+        if self._is_idle:
+            self._is_idle = False
+            self._begin_interval(now)
+        self._account(now)
+        self._active += 1
+        return Piece(tuple(parts), RangeRequest(parts[0].byte_range.start, parts[-1].byte_range.stop))
+
+    def _is_short(self, fragment: PrioritizedFragment) -> bool:
+        return fragment in self._shorts.get(_neighbourhood(fragment), ())
+
+    def _part(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> Part:
+        return Part(fragment, wanted, self._plan(fragment))
+
+    def _take_range(self, fragment: PrioritizedFragment) -> RangeRequest:
+        plan = self._plan(fragment)
+        wanted = plan.pending.popleft()
+        if not plan.pending:
+            plan.place = fragment.place
+            self._queue.discard(fragment)
+            plan.queued = False
+            self._parked.add(fragment)
+            self._room.notify_all()
+        self._drop_short(fragment)
+        return wanted
+
+    def _neighbours(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> list[Part]:
+        """Short fragments of the same object and level that are cheaper to bring along than to ask for later."""
+        shorts = self._shorts.get(_neighbourhood(fragment))
+        if shorts is None:
+            return []
+        share = self.monitor.current_bandwidth / max(1, self._active)
+        gap = min(_LARGEST_GAP, gap_worth_reading(_ROUND_TRIP, share))
+        around = shorts.around(wanted, fragment.priority, gap=gap, length=self.config.chunk_size)
+        ranges = [neighbour.request.byte_range or wanted for neighbour in around]
+        joined = join_neighbours(wanted, ranges, max_gap=gap, max_length=self.config.chunk_size)
+        return [self._part(around[index], self._take_range(around[index])) for index in joined]
+
+    def _forget_queued(self) -> list[PrioritizedFragment]:
+        with self._changed:
+            found = self._queue.clear()
+            for fragment in found:
+                fragment.state = _SETTLED
+            self._shorts.clear()
+            self._changed.notify_all()
+            self._room.notify_all()
+            return found
+
+    def _drop(self, fragment: PrioritizedFragment) -> None:
+        self._queue.discard(fragment)
+        self._parked.discard(fragment)
+        self._drop_short(fragment)
+
+    def _drop_short(self, fragment: PrioritizedFragment) -> None:
+        where, wanted = _neighbourhood(fragment), fragment.request.byte_range
+        shorts = self._shorts.get(where)
+        if shorts is not None and wanted is not None:
+            shorts.discard(fragment, wanted)
+            if not shorts:
+                del self._shorts[where]
+
+    def _begin_interval(self, now: float) -> None:
+        """What is counted from here on: until the next revision."""
+        self._began = self._accounted = now
+        self._busy = 0.0
+        self._bytes = 0
+        self._refusals = 0
+        self._saturated = False
+
+    def _account(self, now: float) -> None:
+        self._busy += self._active * (now - self._accounted)
+        self._accounted = now
+        if self._active >= self.limit and len(self._queue):
+            self._saturated = True  # work waits for a connection
+
+    def _revise(self, now: float, *, force: bool = False) -> None:
+        """At the end of an interval: tell the monitor what was measured, and let the controller revise the limit."""
+        seconds = now - self._began
+        if seconds <= 0 or (seconds < _INTERVAL and not force):
+            return
+        if self._bytes:
+            self.monitor.record(self._bytes, seconds)
+        if seconds >= _INTERVAL or self._refusals:
+            before = self.limit
+            self._controller.revise(
+                Interval(
+                    seconds=seconds,
+                    bytes=self._bytes,
+                    active=self._busy / seconds,
+                    saturated=self._saturated,
+                    refusals=self._refusals,
+                )
+            )
+            if self.limit > before:
+                self._changed.notify_all()
+        self._begin_interval(now)
+
+
+def _level(priority: Priority) -> Priority:
+    try:
+        return Priority(priority)
+    except ValueError:
+        raise ConfigurationError(f"priority must be a Priority, not {priority!r}") from None
+
+
+def _neighbourhood(fragment: PrioritizedFragment) -> tuple[str, Validator | None]:
+    """Fragments of one object and one version may share a request."""
+    return fragment.request.path, fragment.request.validator
+
+
+def _opening(request: LoadRequest, chunk_size: int) -> RangeRequest:
+    """What to ask for first. Of an object that may be empty, a byte: nothing at all cannot be asked for."""
+    if request.byte_range is not None:
+        return request.byte_range
+    return RangeRequest(0, chunk_size if request.expected_size is None else max(1, request.expected_size))
+
+
+def _is_safe(request: LoadRequest) -> bool:
+    """Whether pieces may be asked for before an answer has told the version: one is pinned, or a digest will tell."""
+    is_known = request.byte_range is not None or request.expected_size is not None
+    is_pinned = request.validator is not None and request.validator.is_strong
+    return is_known and not request.allow_short and (is_pinned or request.checksum is not None)

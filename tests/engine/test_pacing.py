@@ -1,0 +1,410 @@
+import itertools
+import math
+import random
+from dataclasses import dataclass, field
+from statistics import mean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holotensor_net.engine.pacing import ConcurrencyController, Interval, RateBudget
+
+MB = 1e6
+MBIT = 1e6 / 8
+
+# -- the rate budget
+
+
+def spend_for(budget, seconds, lump, *, begin=0.0, workers=1):
+    """Spend as fast as the budget allows; gives the bytes spent. Each of the workers looks before any has spent."""
+    now, spent = begin, 0
+    while True:
+        now += budget.delay(now)
+        if now >= begin + seconds:
+            return spent
+        for _ in range(workers):
+            budget.spend(lump, now)
+            spent += lump
+
+
+def test_the_first_byte_need_not_wait():
+    assert RateBudget(1000.0).delay(123.0) == 0
+
+
+def test_a_debt_is_paid_before_more_is_spent():
+    budget = RateBudget(1000.0)
+    budget.spend(500, 10.0)
+    assert budget.delay(10.0) == pytest.approx(0.5)
+    assert budget.delay(10.2) == pytest.approx(0.3)
+    assert budget.delay(11.0) == 0
+
+
+def test_without_a_rate_nothing_ever_waits():
+    budget = RateBudget(None)
+    for now in (0.0, 1.0):
+        budget.spend(10**15, now)
+        assert budget.delay(now) == 0
+
+
+@pytest.mark.parametrize(("burst", "saved"), [(None, 50), (0.0, 0), (300.0, 300)])
+def test_what_is_not_used_is_saved_up_to_the_burst(burst, saved):
+    budget = RateBudget(1000.0, burst=burst)
+    budget.spend(1, 0.0)
+    budget.spend(saved, 100.0)
+    assert budget.delay(100.0) == 0
+    budget.spend(100, 100.0)
+    assert budget.delay(100.0) == pytest.approx(0.1)
+
+
+def test_a_clock_that_steps_back_earns_and_costs_nothing():
+    budget = RateBudget(1000.0)
+    budget.spend(500, 10.0)
+    budget.spend(500, 9.0)
+    assert budget.delay(10.0) == pytest.approx(1.0)
+
+
+@given(
+    rate=st.floats(1e5, 1e10),
+    share=st.floats(2e-3, 1e-2),
+    workers=st.integers(1, 4),
+    begin=st.floats(0, 1e6),
+    idle=st.sampled_from([0.0, 0.01, 100.0]),
+)
+def test_the_rate_holds_within_three_percent_over_five_seconds(rate, share, workers, begin, idle):
+    budget = RateBudget(rate)
+    lump = max(1, int(rate * share))
+    for start in (begin, begin + 6.0 + idle):
+        spent = spend_for(budget, 5.0, lump, begin=start, workers=workers)
+        assert spent == pytest.approx(5.0 * rate, rel=0.03)
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, math.inf, math.nan])
+def test_a_rate_is_a_finite_number_above_nothing(rate):
+    with pytest.raises(ValueError, match="rate"):
+        RateBudget(rate)
+
+
+@pytest.mark.parametrize("burst", [-1.0, math.inf, math.nan])
+def test_a_burst_is_a_finite_number_of_bytes(burst):
+    with pytest.raises(ValueError, match="burst"):
+        RateBudget(1.0, burst=burst)
+
+
+# -- the number of connections, on a link that is simulated
+
+
+@dataclass
+class Link:
+    """Bytes/s in all and of one connection; noise of the logarithm; connections that it accepts; reads of 16 KiB.
+
+    ``is_slow``: a change of their number takes half an interval to be made.
+    """
+
+    rate: float
+    each: float = math.inf
+    noise: float = 0.0
+    accepts: float = math.inf
+    is_slow: bool = False
+    seed: int = 0
+    seconds: float = 0.25
+    _before: float | None = None
+    _unread: float = 0.0
+    _random: random.Random = field(init=False)
+
+    def __post_init__(self):
+        self._random = random.Random(f"{self.rate} {self.each} {self.noise} {self.seed}")
+
+    def rate_of(self, connections):
+        return min(self.rate, self.each * min(connections, self.accepts))
+
+    def best(self, ceiling):
+        return self.rate_of(ceiling)
+
+    def least(self, ceiling):
+        return next(n for n in range(1, ceiling + 1) if self.rate_of(n) >= 0.97 * self.best(ceiling))
+
+    def interval(self, limit):
+        before = limit if self._before is None or not self.is_slow else self._before
+        self._before, active = limit, (limit + before) / 2
+        scatter = math.exp(self._random.gauss(0, self.noise)) if self.noise else 1.0
+        came = self._unread + self.rate_of(active) * scatter * self.seconds
+        self._unread = came % 16384
+        refusals = math.ceil(max(0, active - self.accepts))
+        return Interval(self.seconds, int(came - self._unread), active, True, refusals)
+
+
+@dataclass
+class Run:
+    limits: list
+    rates: list
+    refusals: int
+
+    def __getitem__(self, steps):
+        return Run(self.limits[steps], self.rates[steps], self.refusals)
+
+    @property
+    def rate(self):
+        return mean(self.rates)
+
+    @property
+    def connections(self):
+        return mean(self.limits)
+
+
+def run(link, steps=480, *, ceiling=64, controller=None, initial=4):
+    controller = controller or ConcurrencyController(ceiling, initial=initial)
+    done = Run([], [], 0)
+    for _ in range(steps):
+        done.limits.append(controller.limit)
+        done.rates.append(link.rate_of(controller.limit))
+        interval = link.interval(controller.limit)
+        done.refusals += interval.refusals
+        assert controller.revise(interval) == controller.limit
+        assert 1 <= controller.limit <= ceiling
+    return done
+
+
+RATES = [1 * MBIT, 10 * MBIT, 100 * MBIT, 1000 * MBIT, 10_000 * MBIT]
+CAPS = [0.1 * MBIT, 1 * MBIT, 10 * MBIT, 100 * MBIT, 1000 * MBIT, math.inf]
+
+
+@pytest.mark.parametrize(("noise", "nearly_all"), [(0.0, 1.0), (0.03, 1.0), (0.1, 0.95), (0.2, 0.9)])
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_the_path_is_filled_with_few_connections_over_a_grid_of_links(noise, nearly_all, is_slow):
+    shares, excess = [], []
+    for rate, cap in itertools.product(RATES, CAPS):
+        link = Link(rate, cap, noise, is_slow=is_slow)
+        steady = run(link)[120:]
+        shares.append(steady.rate / link.best(64))
+        excess.append(steady.connections / link.least(64))
+    assert sum(share >= 0.9 for share in shares) >= nearly_all * len(shares)
+    assert mean(shares) >= 0.98
+    assert sum(ratio <= 2.0 for ratio in excess) >= nearly_all * len(excess)
+    assert mean(excess) <= 1.5
+
+
+def test_without_noise_never_more_than_twice_the_least_once_it_is_found():
+    for rate, cap in itertools.product(RATES, CAPS):
+        link = Link(rate, cap)
+        assert max(run(link)[120:].limits) <= 2 * link.least(64)
+
+
+def test_start_up_doubles_while_that_brings_in_proportion():
+    assert run(Link(1e12, 20 * MB), 5).limits == [4, 8, 16, 32, 64]
+
+
+def test_a_knee_between_two_trials_is_found_from_the_line_below_it():
+    limits = run(Link(200 * MB, 20 * MB), 16).limits
+    assert limits[:3] == [4, 8, 16]
+    assert limits[-3:] == [10, 10, 10]
+
+
+def test_one_connection_is_enough_where_one_fills_the_path():
+    steady = run(Link(50 * MBIT), 200)[40:]
+    assert steady.connections < 1.5
+    assert max(steady.limits) <= 2
+
+
+def test_a_soft_bend_is_followed_to_where_more_hardly_brings_more():
+    class Soft(Link):
+        def rate_of(self, connections):
+            return self.rate * (1 - math.exp(-connections / 12))
+
+    steady = run(Soft(900 * MB), 300)[60:]
+    assert steady.rate >= 0.9 * 900 * MB
+    assert 20 <= steady.connections <= 50
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+@pytest.mark.parametrize(
+    ("before", "after", "cap"),
+    [
+        (400, 50, math.inf),
+        (50, 400, math.inf),
+        (400, 50, 40),
+        (50, 400, 40),
+        (400, 800, 40),
+        (800, 400, 40),
+    ],
+)
+def test_a_step_of_the_link_is_followed(before, after, cap, noise):
+    link = Link(before * MBIT, cap * MBIT, noise)
+    controller = ConcurrencyController(64)
+    run(link, 80, controller=controller)
+    link.rate = after * MBIT
+    found = run(link, 120, controller=controller)
+    assert found[20:].rate >= 0.97 * link.rate
+    assert found[60:].connections <= 2 * link.least(64)
+
+
+def test_connections_that_become_slower_are_made_up_for_within_two_seconds():
+    link = Link(50 * MB, 10 * MB, 0.03)
+    controller = ConcurrencyController(64)
+    run(link, 80, controller=controller)
+    link.each = 2 * MB
+    found = run(link, 40, controller=controller)
+    assert mean(found.rates[8:16]) >= 0.9 * 50 * MB
+
+
+def test_a_rate_that_swings_from_one_sample_to_the_next_is_noise_and_no_change():
+    controller = ConcurrencyController(64)
+    run(Link(50 * MB), 60, controller=controller)
+    swinging = [Interval(0.25, size, 1.0, True) for size in (9_000_000, 17_000_000)]
+    limits = [controller.revise(interval) for interval in swinging * 4]
+    assert limits == [1] * 8
+    assert run(Link(50 * MB), 200, controller=controller)[60:].connections <= 1.5
+
+
+def test_a_short_outage_costs_no_connections():
+    link = Link(50 * MB, 5 * MB, 0.03)
+    controller = ConcurrencyController(64)
+    run(link, 80, controller=controller)
+    before = controller.limit
+    link.rate = 0.0
+    run(link, 8, controller=controller)
+    link.rate = 50 * MB
+    assert controller.limit >= before
+    assert run(link, 60, controller=controller)[4:].rate >= 0.95 * 50 * MB
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
+@pytest.mark.parametrize("accepts", [1, 2, 3, 4, 6, 8, 12, 16, 24, 40, 60])
+def test_a_server_that_refuses_is_used_as_far_as_it_goes(accepts, noise):
+    link = Link(1e12, 20 * MB, noise, accepts=accepts)
+    found = run(link, 200)
+    assert found[20:].rate >= 0.9 * accepts * 20 * MB
+    assert found.refusals <= 0.02 * 200 * link.seconds * accepts * 5 + 10  # 4 MiB pieces: five a second each
+
+
+def test_a_trial_that_is_refused_falls_back_to_where_it_came_from():
+    controller = ConcurrencyController(64)
+    limits = run(Link(1e12, 20 * MB, accepts=10), 6, controller=controller).limits
+    assert limits[:4] == [4, 8, 16, 8]
+
+
+def test_what_was_refused_is_tried_again_later_and_found_open():
+    link = Link(1e12, 20 * MB, 0.03, accepts=8)
+    controller = ConcurrencyController(64)
+    run(link, 100, controller=controller)
+    assert controller.limit <= 9
+    link.accepts = 32
+    found = run(link, 240, controller=controller)
+    assert found[200:].rate >= 0.9 * 32 * 20 * MB
+
+
+def test_a_server_that_accepts_fewer_than_before_is_obeyed():
+    link = Link(1e12, 20 * MB, 0.03, accepts=32)
+    controller = ConcurrencyController(64)
+    run(link, 100, controller=controller)
+    link.accepts = 6
+    found = run(link, 100, controller=controller)
+    assert max(found[40:].limits) <= 9
+    assert found[40:].rate >= 0.9 * 6 * 20 * MB
+
+
+def test_a_refusal_by_chance_now_and_then_costs_next_to_nothing():
+    link, chance = Link(500 * MB, 20 * MB, 0.03), random.Random(1)
+    controller, rates = ConcurrencyController(64), []
+    for _ in range(800):
+        rates.append(link.rate_of(controller.limit))
+        seen = link.interval(controller.limit)
+        controller.revise(Interval(seen.seconds, seen.bytes, seen.active, True, int(chance.random() < 0.05)))
+    assert mean(rates[40:]) >= 0.9 * 500 * MB
+
+
+def test_refusals_on_the_way_from_before_the_last_step_down_are_not_counted_again():
+    controller = ConcurrencyController(64, initial=16)
+    storm = Interval(0.01, 0, 16.0, True, refusals=4)
+    assert controller.revise(storm) == 12
+    assert [controller.revise(storm) for _ in range(10)] == [12] * 10
+
+
+def test_refusals_take_the_last_connection_but_one():
+    controller = ConcurrencyController(64)
+    for _ in range(50):
+        controller.revise(Interval(1.0, 0, float(controller.limit), True, refusals=10))
+    assert controller.limit == 1
+
+
+# -- what says nothing
+
+
+@pytest.mark.parametrize(
+    "interval",
+    [
+        Interval(0.25, 10**7, 4.0, saturated=False),
+        Interval(0.25, 0, 4.0, saturated=True),
+        Interval(0.0, 10**7, 4.0, saturated=True),
+        Interval(0.25, 10**7, 1.0, saturated=True),
+        Interval(0.0, 0, 0.0, saturated=True),
+    ],
+    ids=["idle", "empty", "no time", "unused", "nothing"],
+)
+def test_an_interval_that_says_nothing_changes_nothing(interval):
+    controller = ConcurrencyController(64)
+    assert {controller.revise(interval) for _ in range(100)} == {4}
+
+
+def test_a_higher_number_that_never_comes_into_use_is_given_up():
+    controller = ConcurrencyController(64)
+    assert controller.revise(Interval(0.25, 10**7, 4.0, True)) == 8
+    limits = [controller.revise(Interval(0.25, 10**7, 4.0, True)) for _ in range(21)]
+    assert limits == [8] * 20 + [4]
+
+
+def test_a_lower_number_is_not_judged_while_pieces_from_before_still_run():
+    link = Link(50 * MB)
+    controller = ConcurrencyController(64)
+    while controller.limit >= 4:
+        controller.revise(link.interval(controller.limit))
+    lower = controller.limit
+    for _ in range(100):
+        assert controller.revise(Interval(0.25, 12_500_000, 4.0, True)) == lower
+
+
+def test_slow_intervals_are_put_together_until_they_hold_enough_reads():
+    controller = ConcurrencyController(64)
+    limits = [controller.revise(Interval(0.25, 16384, 4.0, True)) for _ in range(4)]
+    assert limits == [4, 4, 4, 8]
+
+
+# -- bounds
+
+
+@pytest.mark.parametrize("ceiling", [1, 2, 3, 5])
+def test_a_low_ceiling_is_kept(ceiling):
+    assert max(run(Link(1e12, 20 * MB), 100, ceiling=ceiling).limits) == ceiling
+
+
+@pytest.mark.parametrize(("ceiling", "initial"), [(0, 4), (-1, 4), (4, 0)])
+def test_there_is_one_connection_at_least(ceiling, initial):
+    with pytest.raises(ValueError, match="1 or more"):
+        ConcurrencyController(ceiling, initial=initial)
+
+
+@given(
+    ceiling=st.integers(1, 100),
+    initial=st.integers(1, 100),
+    intervals=st.lists(
+        st.builds(
+            Interval,
+            st.floats(0, 100),
+            st.integers(0, 10**12),
+            st.floats(0, 100) | st.just(-1.0),
+            st.booleans(),
+            st.sampled_from([0, 0, 0, 1, 5, 1000]),
+        ),
+        max_size=60,
+    ),
+)
+def test_whatever_is_measured_the_limit_stays_within_its_bounds(ceiling, initial, intervals):
+    controller = ConcurrencyController(ceiling, initial=initial)
+    assert controller.limit == min(ceiling, initial)
+    for interval in intervals:
+        active = float(controller.limit) if interval.active < 0 else interval.active
+        controller.revise(Interval(interval.seconds, interval.bytes, active, interval.saturated, interval.refusals))
+        assert 1 <= controller.limit <= ceiling
