@@ -1,0 +1,1 @@
+"""Header bytes in, tensors and ranges out; payload bytes in, arrays out."""

@@ -1,0 +1,1 @@
+"""What a user opens and streams."""
