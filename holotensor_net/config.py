@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -89,6 +90,11 @@ class CdnEndpoint:
     None takes the environment's. Credentials in the URL are moved to ``auth``; credentials and headers never show in
     ``repr``.
 
+    What is cached is given only to who asks with the same credentials. Whose token a function gives cannot be told, so
+    what came with it serves this very endpoint and ends with the process, unless ``cache_scope`` names whose eyes it
+    sees with: endpoints of one name share what is cached, whatever their credentials. Bytes that a request knows by
+    their digest are shared by all.
+
     Raises InvalidUrl or ConfigurationError.
     """
 
@@ -101,6 +107,8 @@ class CdnEndpoint:
     auth: Auth = field(default=None, repr=False)
     verify: bool | str = True
     proxies: Mapping[str, str] | None = field(default=None, repr=False, hash=False)
+    cache_scope: str | None = field(default=None, repr=False)
+    _own: str = field(default_factory=lambda: secrets.token_hex(16), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parts = _web_url(self.url)
@@ -115,6 +123,8 @@ class CdnEndpoint:
         _whole(self, "max_connections")
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):
             _refuse(self, "priority", "a whole number")
+        if self.cache_scope is not None and not (isinstance(self.cache_scope, str) and self.cache_scope):
+            _refuse(self, "cache_scope", "a name or None")
         for name, value in self.headers.items():
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or re.search(r"[\r\n\0]", str(value)):
                 raise ConfigurationError(f"CdnEndpoint.headers has a name or value that HTTP does not allow: {name!r}")
@@ -140,12 +150,17 @@ class CdnEndpoint:
 
     @property
     def scope(self) -> str:
-        """A digest of whose eyes this endpoint sees with; equal for equal credentials, empty for none."""
+        """A digest of whose eyes this endpoint sees with: equal for equal names or credentials, empty for none."""
+        if self.cache_scope is not None:
+            return _digest("named", self.cache_scope)
         if self.auth is None and not self.headers:
             return ""
-        auth = "callable" if callable(self.auth) else repr(self.auth)
-        lines = [auth, *sorted(f"{k.lower()}: {v}" for k, v in self.headers.items())]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        auth = f"function {self._own}" if callable(self.auth) else repr(self.auth)
+        return _digest(auth, *sorted(f"{k.lower()}: {v}" for k, v in self.headers.items()))
+
+
+def _digest(*lines: str) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _web_url(url: str) -> Any:

@@ -267,6 +267,8 @@ def test_a_scope_tells_credentials_apart_and_nothing_of_them() -> None:
             {"headers": {"X-Key": "b"}},
             {"auth": "a", "headers": {"X-Key": "a"}},
             {"auth": lambda: "a"},
+            {"cache_scope": "a"},
+            {"cache_scope": "b"},
         )
     ]
     assert len(set(scopes)) == len(scopes)
@@ -278,6 +280,23 @@ def test_equal_credentials_have_one_scope_whatever_the_case_and_order_of_headers
     one = CdnEndpoint(URL, headers={"A": "1", "b": "2"})
     other = CdnEndpoint("https://mirror.example.com", headers={"B": "2", "a": "1"}, priority=5)
     assert one.scope == other.scope
+
+
+def test_two_endpoints_with_functions_share_nothing_unless_they_are_of_one_name() -> None:
+    def token() -> str:
+        return "a"
+
+    one, other = CdnEndpoint(URL, auth=token), CdnEndpoint(URL, auth=token)
+    assert one == other
+    assert one.scope == one.scope != other.scope
+    named = [CdnEndpoint(URL, auth=auth, cache_scope="alice") for auth in (token, lambda: "b", "c", None)]
+    assert len({endpoint.scope for endpoint in named}) == 1
+
+
+@pytest.mark.parametrize("name", ["", 1, b"a"])
+def test_a_scope_is_a_name(name: Any) -> None:
+    with pytest.raises(ConfigurationError, match="cache_scope"):
+        CdnEndpoint(URL, cache_scope=name)
 
 
 def test_endpoints_can_be_keys() -> None:

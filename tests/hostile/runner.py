@@ -116,6 +116,7 @@ def config_of(fault: Fault, addresses: Addresses, folder: Path, shape: str, toke
             supports_range=shape != "plain",
             headers={"X-Api-Key": "canary-api-key"},
             auth=lambda: next(tokens),
+            cache_scope="the matrix",
             verify=str(write_certificate(folder)) if fault.tls else True,
             proxies={},
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -72,7 +73,8 @@ class Child:
         status = 1
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(int(LONGEST))  # whatever it waits for
+            faulthandler.register(signal.SIGALRM, file=telling, chain=True)  # whatever it waits for, it tells where
+            signal.alarm(int(LONGEST))
             work(number)
             status = 0
         except BaseException:
@@ -85,7 +87,9 @@ class Child:
         with os.fdopen(self._told, "rb") as pipe:
             told = pipe.read().decode()
         status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        return told or {0: "", -signal.SIGALRM: "it hung"}.get(status, f"it ended with {status}")
+        if status == -signal.SIGALRM:
+            return f"it hung\n{told}"
+        return told or ("" if status == 0 else f"it ended with {status}")
 
 
 def run_children(count: int, work: Callable[[int], None], *, at_once: int = 20) -> None:

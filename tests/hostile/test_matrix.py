@@ -167,9 +167,12 @@ def test_42_a_path_that_leaves_its_endpoint_is_not_asked_for(addresses: Addresse
     assert [file.name for file in tmp_path.iterdir()] in ([], ["cache"])
 
 
-def test_43_what_one_tenant_was_given_is_not_given_to_another(addresses: Addresses, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tenants", [("one", "two"), (lambda: "one", lambda: "two")], ids=["tokens", "functions"])
+def test_43_what_one_tenant_was_given_is_not_given_to_another(
+    tenants: tuple[Any, Any], addresses: Addresses, tmp_path: Path
+) -> None:
     case = _case("4-half-of-it", 77)
-    for tenant in ("one", "two"):
+    for tenant in tenants:
         with NetworkLoader(_settings(addresses, tmp_path, auth=tenant)) as loader:
             result = _load(loader, case)
             assert result.is_success
