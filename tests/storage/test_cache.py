@@ -24,7 +24,11 @@ from blake3 import blake3
 from holotensor_net.config import CacheConfig
 from holotensor_net.errors import CacheError, InsufficientDisk
 from holotensor_net.storage import cache as room
+from holotensor_net.storage import disk, entries
+from holotensor_net.storage.blobs import BlobStore
 from holotensor_net.storage.cache import CacheEntry, CacheStats, FragmentCache
+from holotensor_net.storage.disk import Ledger
+from holotensor_net.storage.entries import EntryFiles, Held
 from holotensor_net.values import RangeRequest, Validator
 
 LARGE = 1 << 17
@@ -309,7 +313,7 @@ class TestMemoryTier:
 
     def test_late_news_of_other_bytes_is_not_attached_to_these(self) -> None:
         tier = room._MemoryTier(100)
-        tier.put("a", room._Held(CacheEntry("a", 3, digest="new"), memoryview(b"new")))
+        tier.put("a", Held(CacheEntry("a", 3, digest="new"), memoryview(b"new")))
         tier.update("a", CacheEntry("a", 3, '"e"', digest="old"))
         tier.update("b", CacheEntry("b", 3, '"e"', digest="new"))
         held = tier.get("a")
@@ -329,7 +333,7 @@ class TestMemoryTier:
                     touched.append(name)
                 return super().__getattribute__(name)
 
-            def __setitem__(self, key: str, value: room._Held) -> None:
+            def __setitem__(self, key: str, value: Held) -> None:
                 assert tier._lock.locked()
                 super().__setitem__(key, value)
 
@@ -339,7 +343,7 @@ class TestMemoryTier:
 
         tier._held = Watched(50, getsizeof=lambda held: held.view.nbytes)
         entry = CacheEntry("a", 1)
-        tier.put("a", room._Held(entry, memoryview(b"a")))
+        tier.put("a", Held(entry, memoryview(b"a")))
         assert tier.get("a") is not None
         tier.update("a", entry)
         assert tier.names() == {"a"}
@@ -566,7 +570,7 @@ class TestDamage:
         data = json.loads(entry_file.read_bytes())
         del data["check"]
         data[field] = value
-        entry_file.write_text(json.dumps({**data, "check": room._check(data)}))
+        entry_file.write_text(json.dumps({**data, "check": entries._check(data)}))
         self.assert_missed_and_healed(open_cache(), tmp_path / "cache")
 
     @pytest.mark.parametrize(("before", "after"), [('\\"e\\"', '\\"f\\"'), ('"size": 3', '"size": 4')])
@@ -581,7 +585,7 @@ class TestDamage:
     def test_unknown_fields_of_the_same_schema_are_overlooked(self, open_cache: Open, entry_file: Path) -> None:
         data = {**json.loads(entry_file.read_bytes()), "new": 1}
         del data["check"]
-        entry_file.write_text(json.dumps({**data, "check": room._check(data)}))
+        entry_file.write_text(json.dumps({**data, "check": entries._check(data)}))
         assert open_cache().get("a") == b"abc"
 
     def test_endless_entry_is_not_read(self, open_cache: Open, entry_file: Path, tmp_path: Path) -> None:
@@ -724,7 +728,7 @@ class TestQuota:
         left = tmp_path / "cache" / "partial" / "left"
         left.parent.mkdir(parents=True)
         left.write_bytes(b"abc")
-        monkeypatch.setattr(room, "_ORPHANED_AFTER", -1000.0)
+        monkeypatch.setattr(disk, "_ORPHANED_AFTER", -1000.0)
         cache = open_cache()
         assert cache.get("a") is None
         assert left.exists()
@@ -761,13 +765,13 @@ class TestQuota:
     ) -> None:
         open_cache().put("a", bytes(100))
         counted: list[Path] = []
-        scan = room.BlobStore.digests
+        scan = BlobStore.digests
 
-        def digests(self: room.BlobStore) -> Iterator[tuple[str, int]]:
+        def digests(self: BlobStore) -> Iterator[tuple[str, int]]:
             counted.append(self.root)
             return scan(self)
 
-        monkeypatch.setattr(room.BlobStore, "digests", digests)
+        monkeypatch.setattr(BlobStore, "digests", digests)
         cache = open_cache()
         cache.get("a")
         assert counted == []
@@ -788,14 +792,14 @@ class TestQuota:
 
     def test_fragment_being_adopted_is_not_collected(self, open_cache: Open, monkeypatch: pytest.MonkeyPatch) -> None:
         cache = open_cache()
-        write = room._EntryFiles.write
+        write = EntryFiles.write
 
-        def prune_first(self: room._EntryFiles, name: str, entry: CacheEntry, **options: bool) -> None:
+        def prune_first(self: EntryFiles, name: str, entry: CacheEntry, **options: bool) -> None:
             assert cache.prune(0) == 0
             cache.clear()
             write(self, name, entry, **options)
 
-        monkeypatch.setattr(room._EntryFiles, "write", prune_first)
+        monkeypatch.setattr(EntryFiles, "write", prune_first)
         cache.put("a", b"abc")
         assert cache.get("a") == b"abc"
         monkeypatch.undo()
@@ -808,7 +812,7 @@ class TestQuota:
             ledger.add("c", 300)
             ledger.drop("c")
 
-        ledger = room._Ledger(count)
+        ledger = Ledger(count)
         ledger.recount()
         assert (ledger.size, sorted(ledger.digests())) == (21, ["a", "b"])
         ledger.add("a", 1)
@@ -972,7 +976,7 @@ class TestFailingDisk:
         def fail(*_: object, **__: object) -> None:
             raise CacheError("no")
 
-        monkeypatch.setattr(room._EntryFiles, "write", fail)
+        monkeypatch.setattr(EntryFiles, "write", fail)
         assert cache.put("b", b"shared") == b"shared"
         assert cache.put("c", b"own") == b"own"
         assert files(tmp_path) == before

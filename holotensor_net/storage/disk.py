@@ -1,0 +1,262 @@
+"""The disk tier of the cache: entries over blobs, within a quota.
+
+Eviction is mark and sweep over the entries. No lock is needed for right answers, only to save work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import CacheError
+from .blobs import BlobStore, PartFile
+from .entries import CacheEntry, EntryFiles, Held, Usage
+
+__all__ = ["DiskTier", "Ledger"]
+
+_ORPHANED_AFTER = 3600.0  # seconds without a write, for part files of other processes
+_ENTRY_DUE_WITHIN = 60.0  # seconds from publishing a blob
+
+
+class Ledger:
+    """Which blobs lie on the disk, and how large they are: counted when that is first asked for, then kept up.
+
+    What other processes do shows at the next count. Blobs that are pinned are being adopted; loose ones have lost an
+    entry. The lock guards the collections.
+    """
+
+    def __init__(self, count: Callable[[], Iterable[tuple[str, int]]]) -> None:
+        self.is_counted = False
+        self._count = count
+        self._sizes: dict[str, int] = {}
+        self._recent: dict[str, int] = {}
+        self._total = 0
+        self._pins: Counter[str] = Counter()
+        self._loose: set[str] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        return self._total
+
+    def recount(self) -> None:
+        """Look at the disk; what is added meanwhile counts too. Not for two threads at once."""
+        with self._lock:
+            self._recent = {}
+        counted = dict(self._count())
+        with self._lock:
+            self._sizes = {**counted, **self._recent}
+            self._total = sum(self._sizes.values())
+            self.is_counted = True
+
+    def add(self, digest: str, size: int) -> None:
+        with self._lock:
+            self._total += size - self._sizes.get(digest, 0)
+            self._sizes[digest] = self._recent[digest] = size
+            self._loose.discard(digest)
+
+    def drop(self, digest: str) -> int:
+        """Strike the blob out; gives the size it had."""
+        with self._lock:
+            self._recent.pop(digest, None)
+            self._loose.discard(digest)
+            size = self._sizes.pop(digest, 0)
+            self._total -= size
+            return size
+
+    def loosen(self, digest: str) -> None:
+        with self._lock:
+            self._loose.add(digest)
+
+    @contextlib.contextmanager
+    def pinned(self, digest: str) -> Iterator[None]:
+        """Keep the blob while it is being adopted."""
+        with self._lock:
+            self._pins[digest] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pins -= Counter((digest,))
+
+    def is_pinned(self, digest: str) -> bool:
+        return digest in self._pins
+
+    def digests(self) -> list[str]:
+        with self._lock:
+            return list(self._sizes)
+
+    def loose(self) -> set[str]:
+        with self._lock:
+            return set(self._loose)
+
+
+class DiskTier:
+    """Entries over blobs, within ``max_size`` bytes. The lock lets one thread at a time sweep. Raises CacheError."""
+
+    def __init__(self, root: Path, max_size: int, usage: Usage, clock: Callable[[], float]) -> None:
+        self.blobs = BlobStore(root)
+        self.entries = EntryFiles(self.blobs)
+        self._max_size = max_size
+        self._usage = usage
+        self._clock = clock
+        self._ledger = Ledger(self.blobs.digests)
+        self._sweeping = threading.Lock()
+
+    def entry(self, name: str) -> CacheEntry | None:
+        """What is known of bytes that are there; None without them."""
+        entry = self.entries.read(name)
+        return entry if entry is not None and self.blobs.has(_digest_in(entry), entry.size) else None
+
+    def get(self, name: str) -> Held | None:
+        entry = self.entries.read(name)
+        if entry is None:
+            return None
+        view = self.blobs.open(_digest_in(entry), entry.size, stamp=entry.stamp)
+        if view is None:
+            self.entries.remove(name)
+            return None
+        self.entries.touch(name, self._clock())
+        return Held(entry, view)
+
+    def adopt(self, name: str, part: PartFile, entry: CacheEntry) -> tuple[Held, list[str]]:
+        """Publish blob and entry, then make room; gives the names of entries that had to go."""
+        digest = _digest_in(entry)
+        if not self._ledger.is_counted:
+            self.blobs.sweep(_ORPHANED_AFTER)
+        with self._ledger.pinned(digest):
+            held = self._publish(name, part, entry)
+            self._ledger.add(digest, entry.size)
+            dropped: list[str] = []
+            if self.size() > self._max_size:
+                # A little more than needed, so that not every fragment to come sweeps again.
+                dropped, _ = self.shrink(self._max_size - self._max_size // 16, only_above=self._max_size)
+        return held, dropped
+
+    def rewrite(self, name: str, entry: CacheEntry) -> None:
+        """Replace what is known of bytes that are there."""
+        if self.entry(name) is not None:
+            self.entries.write(name, entry)
+
+    def note(self, name: str, count: int, last: float) -> None:
+        """Add uses to the entry. They are not worth waiting for the disk."""
+        entry = self.entries.read(name)
+        if entry is not None:
+            self.entries.write(name, entry.used(count, last), durable=False)
+
+    def remove(self, name: str) -> None:
+        entry = self.entries.read(name)
+        if entry is not None and self.entries.remove(name):
+            self._ledger.loosen(_digest_in(entry))
+            self.collect()
+
+    def size(self) -> int:
+        """Bytes of all blobs."""
+        if not self._ledger.is_counted:
+            with self._sweeping:
+                self._ledger.recount()
+        return self._ledger.size
+
+    def collect(self) -> None:
+        """Delete blobs that no entry names any more."""
+        if self._ledger.loose():
+            with self._sweeping:
+                self._sweep_orphans(Counter(_digest_in(entry) for _, entry in self._all()))
+
+    def shrink(self, limit: int, *, only_above: int = 0) -> tuple[list[str], int]:
+        """Drop the most dispensable entries until ``limit`` bytes are left, if there are more than ``only_above``.
+
+        Gives the names of the entries dropped, and the number of bytes freed.
+        """
+        with self._sweeping:
+            self.blobs.sweep(_ORPHANED_AFTER)
+            self._ledger.recount()
+            if self._ledger.size <= only_above:
+                return [], 0
+            now, marked = self._clock(), list(self._all())
+            references = Counter(_digest_in(entry) for _, entry in marked)
+            freed = self._sweep_orphans(references)
+            if self._ledger.size > limit:
+                freed += self._sweep_orphans(references, older_than=-math.inf)
+            marked.sort(key=lambda item: self._usage.applied(*item).eviction_score(now))
+            dropped = []
+            while marked and self._ledger.size > limit:
+                name, entry = marked.pop()
+                digest = _digest_in(entry)
+                if self._ledger.is_pinned(digest) or not self.entries.remove(name):
+                    continue
+                dropped.append(name)
+                references[digest] -= 1
+                if not references[digest]:
+                    freed += self._delete(digest)
+        self._usage.evicted(len(dropped))
+        return dropped, freed
+
+    def verify(self) -> dict[str, str]:
+        """Drop entries that cannot be read, or whose bytes are damaged or gone; gives their names and fragment ids."""
+        broken: dict[str, str] = {}
+        sound: dict[tuple[str, int], bool] = {}
+        for name in self.entries.names():
+            entry = self.entries.read(name)
+            blob = (_digest_in(entry), entry.size) if entry is not None else ("", 0)
+            if entry is not None and blob not in sound:
+                sound[blob] = self.blobs.check(*blob)
+            if entry is None or not sound[blob]:
+                self.entries.remove(name)
+                broken[name] = name if entry is None else entry.fragment_id
+        if broken and self._ledger.is_counted:
+            with self._sweeping:
+                self._ledger.recount()
+        return broken
+
+    def clear(self) -> None:
+        with self._sweeping:
+            for name in self.entries.names():
+                self.entries.remove(name)
+            self._ledger.recount()
+            for digest in self._ledger.digests():
+                if not self._ledger.is_pinned(digest):
+                    self._delete(digest)
+
+    def _publish(self, name: str, part: PartFile, entry: CacheEntry) -> Held:
+        digest = _digest_in(entry)
+        is_new, before = not self.blobs.has(digest, entry.size), self.entries.read(name)
+        view = part.publish(digest)
+        entry = replace(entry, stamp=self.blobs.stamp(digest))
+        try:
+            self.entries.write(name, entry)
+        except CacheError:
+            if is_new:
+                self.blobs.remove(digest)
+            raise
+        if before is not None and before.digest != digest:
+            self._ledger.loosen(_digest_in(before))
+        return Held(entry, view)
+
+    def _all(self) -> Iterator[tuple[str, CacheEntry]]:
+        for name in self.entries.names():
+            entry = self.entries.read(name)
+            if entry is not None:
+                yield name, entry
+
+    def _sweep_orphans(self, references: Counter[str], older_than: float = _ENTRY_DUE_WITHIN) -> int:
+        """Delete blobs without an entry, unless another process may be about to write it; gives the bytes freed."""
+        loose, freed = self._ledger.loose(), 0
+        for digest in loose.union(self._ledger.digests()):
+            if references[digest] or self._ledger.is_pinned(digest):
+                continue
+            if digest in loose or self.blobs.age_of(digest) > older_than:
+                freed += self._delete(digest)
+        return freed
+
+    def _delete(self, digest: str) -> int:
+        return self._ledger.drop(digest) if self.blobs.remove(digest) else 0
+
+
+def _digest_in(entry: CacheEntry) -> str:
+    return entry.digest or ""

@@ -1,0 +1,282 @@
+"""What is known of each cached fragment, and the small files that say so.
+
+::
+
+    root/entries/<2 hex>/<64 hex>.json    what the network said, named by the SHA-256 of the key
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import CacheError
+from ..values import RangeRequest, Validator
+from .blobs import BlobStore, opened, read_all, scan, translated
+from .freshness import Freshness, is_same_entity, kept, refreshed
+
+__all__ = ["CacheEntry", "EntryFiles", "Held", "Usage"]
+
+_SCHEMA = 1
+_MOST_ENTRY_BYTES = 1 << 20
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"([0-9a-f]{64})\.json")
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What is known of one cached fragment. Sizes in bytes, times in seconds since the epoch.
+
+    ``byte_range`` is the part that it is of an object of ``object_size`` bytes; None: all of it. ``url`` is kept as
+    given: redact it first. Of ``headers`` only those are kept that say how long, and for whom, the bytes are good.
+    ``requested_at`` and ``received_at`` are the times of the answer (None: ``cached_at``); ``stamp`` is the blob's file
+    time when its bytes were known to be right.
+    """
+
+    fragment_id: str
+    size: int
+    etag: str | None = None
+    last_modified: str | None = None
+    cached_at: float = 0.0
+    last_accessed: float = 0.0
+    access_count: int = 0
+    _: KW_ONLY
+    digest: str | None = None
+    url: str | None = None
+    byte_range: RangeRequest | None = None
+    object_size: int | None = None
+    validator_is_strong: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
+    requested_at: float | None = None
+    received_at: float | None = None
+    stamp: int | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "headers", kept(self.headers))
+
+    @property
+    def validator(self) -> Validator:
+        return Validator(self.etag, self.last_modified, self.validator_is_strong)
+
+    @property
+    def freshness(self) -> Freshness:
+        received = self.cached_at if self.received_at is None else self.received_at
+        return Freshness(self.headers, received if self.requested_at is None else self.requested_at, received)
+
+    def eviction_score(self, now: float) -> float:
+        """How dispensable it is: seconds without use over the number of uses. The highest goes first."""
+        return (max(0.0, now - self.last_accessed) + 1.0) / (1.0 + self.access_count)
+
+    def used(self, count: int, last: float) -> CacheEntry:
+        """This entry after ``count`` more uses, the last of them at ``last``."""
+        return replace(self, access_count=self.access_count + count, last_accessed=max(self.last_accessed, last))
+
+    def confirmed(self, headers: Mapping[str, str], requested_at: float, received_at: float) -> CacheEntry | None:
+        """This entry as a 304 leaves it; None if the 304 speaks of another version (RFC 9111 §4.3.4).
+
+        The validator stays that of the bytes.
+        """
+        etag, modified = headers.get("etag"), headers.get("last-modified")
+        if etag is not None and self.etag is not None:
+            if not is_same_entity(etag, self.etag):
+                return None
+        elif None not in (modified, self.last_modified) and modified != self.last_modified:
+            return None
+        merged = refreshed(self.headers, headers)
+        return replace(self, headers=merged, requested_at=requested_at, received_at=received_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An entry with its bytes."""
+
+    entry: CacheEntry
+    view: memoryview
+
+
+class Usage:
+    """Hits, misses and evictions, and the uses of entries that their files do not tell of yet. The lock guards all."""
+
+    def __init__(self) -> None:
+        self._hits = self._misses = self._evictions = 0
+        self._uses: dict[str, tuple[int, float]] = {}
+        self._lock = threading.Lock()
+
+    def hit(self, name: str, now: float) -> None:
+        with self._lock:
+            self._hits += 1
+            self._uses[name] = (self._uses.get(name, (0, 0.0))[0] + 1, now)
+
+    def miss(self) -> None:
+        with self._lock:
+            self._misses += 1
+
+    def evicted(self, count: int) -> None:
+        with self._lock:
+            self._evictions += count
+
+    def forget(self, name: str) -> None:
+        with self._lock:
+            self._uses.pop(name, None)
+
+    def applied(self, name: str, entry: CacheEntry) -> CacheEntry:
+        """The entry with its latest uses."""
+        with self._lock:
+            uses = self._uses.get(name)
+        return entry.used(*uses) if uses else entry
+
+    def take(self) -> list[tuple[str, tuple[int, float]]]:
+        """Each entry's uses, their number and the last one's time, least recent first; they count as written now."""
+        with self._lock:
+            uses, self._uses = self._uses, {}
+        return sorted(uses.items(), key=lambda item: item[1][1])
+
+    def totals(self) -> tuple[int, int, int]:
+        with self._lock:
+            return self._hits, self._misses, self._evictions
+
+
+class EntryFiles:
+    """One small JSON file for each entry; its modification time is when the entry was last used.
+
+    What cannot be understood (torn, garbled, of a newer schema) is set aside and counts as absent. Raises CacheError.
+    """
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
+        self._folder = blobs.root / "entries"
+
+    def path_of(self, name: str) -> Path:
+        return self._folder / name[:2] / f"{name}.json"
+
+    def names(self) -> set[str]:
+        """The names of all entries."""
+        with translated("look for entries", self._blobs.root):
+            files = (item.name for folder in scan(self._folder) for item in scan(Path(folder.path)))
+            return {match[1] for name in files if (match := _NAME.fullmatch(name))}
+
+    def read(self, name: str) -> CacheEntry | None:
+        path = self.path_of(name)
+        with translated("read an entry", self._blobs.root):
+            try:
+                with opened(path) as (fd, status):
+                    entry = _unpacked(read_all(fd, min(status.st_size, _MOST_ENTRY_BYTES)))
+                    return replace(entry, last_accessed=status.st_mtime)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except _Garbled:
+                pass
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+        self._blobs.set_aside(path)
+        return None
+
+    def write(self, name: str, entry: CacheEntry, *, durable: bool = True) -> None:
+        data = _packed(entry)
+        with self._blobs.create(len(data)) as part:
+            part.write(0, data)
+            part.publish_as(self.path_of(name), durable=durable)
+        self.touch(name, entry.last_accessed)
+
+    def touch(self, name: str, when: float) -> None:
+        """Note when the entry was last used, where that may be written."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path_of(name), (when, when), follow_symlinks=False)
+
+    def remove(self, name: str) -> bool:
+        """Whether the entry is gone now."""
+        try:
+            self.path_of(name).unlink(missing_ok=True)
+        except OSError:
+            return False
+        return True
+
+
+class _Garbled(Exception):
+    """An entry file that cannot be understood."""
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < math.inf
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def _or_none(is_sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_sound(value)
+
+
+_PLAIN_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "fragment_id": _is_text,
+    "size": _is_count,
+    "digest": _is_digest,
+    "etag": _or_none(_is_text),
+    "last_modified": _or_none(_is_text),
+    "validator_is_strong": lambda value: isinstance(value, bool),
+    "url": _or_none(_is_text),
+    "object_size": _or_none(_is_count),
+    "cached_at": _is_moment,
+    "access_count": _is_count,
+    "stamp": _or_none(_is_count),
+}
+
+
+def _packed(entry: CacheEntry) -> bytes:
+    """The entry as JSON."""
+    span = entry.byte_range
+    data: dict[str, Any] = {
+        "schema": _SCHEMA,
+        **{name: getattr(entry, name) for name in _PLAIN_FIELDS},
+        "byte_range": None if span is None else [span.start, span.stop],
+        "freshness": entry.freshness.to_json(),
+    }
+    return json.dumps({**data, "check": _check(data)}).encode()
+
+
+def _unpacked(text: bytes) -> CacheEntry:
+    """The entry that :func:`_packed` wrote. Raises _Garbled for anything else."""
+    try:
+        data = json.loads(text)
+        check = data.pop("check")
+        if data["schema"] != _SCHEMA or check != _check(data):
+            raise _Garbled
+        plain = {name: data[name] for name in _PLAIN_FIELDS}
+        if not all(is_sound(plain[name]) for name, is_sound in _PLAIN_FIELDS.items()):
+            raise _Garbled
+        span = None if data["byte_range"] is None else RangeRequest(*data["byte_range"])
+        freshness = Freshness.from_json(data["freshness"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CacheError) as error:
+        raise _Garbled from error
+    return CacheEntry(
+        **plain,
+        byte_range=span,
+        headers=freshness.headers,
+        requested_at=freshness.request_time,
+        received_at=freshness.response_time,
+    )
+
+
+def _check(data: dict[str, Any]) -> str:
+    """A checksum over an entry: rot that leaves it readable shall not bless the wrong bytes."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
