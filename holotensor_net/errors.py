@@ -130,7 +130,7 @@ def _rebuild(kind: type[NetworkError], args: tuple[Any, ...], state: dict[str, A
 class HttpError(NetworkError):
     """The server answered with a status that refuses the request."""
 
-    def __init__(self, message: str = "", *, status: int = 0, **context: Any) -> None:
+    def __init__(self, status: int = 0, message: str = "", **context: Any) -> None:
         super().__init__(message or f"the server answered {status}", **context)
         self.status = status
 
@@ -143,7 +143,7 @@ class NotFound(HttpError, FileNotFoundError):
     """There is no such object (404 or 410)."""
 
     def __init__(self, message: str = "", *, status: int = 404, **context: Any) -> None:
-        super().__init__(message or "no such object: check the path", status=status, **context)
+        super().__init__(status, message or "no such object: check the path", **context)
 
 
 class RateLimited(HttpError):
@@ -151,8 +151,10 @@ class RateLimited(HttpError):
 
     is_retryable = True
 
-    def __init__(self, message: str = "", *, status: int = 429, **context: Any) -> None:
-        super().__init__(message or f"the server is busy ({status})", status=status, **context)
+    def __init__(
+        self, retry_after: float | None = None, message: str = "", *, status: int = 429, **context: Any
+    ) -> None:
+        super().__init__(status, message or f"the server is busy ({status})", retry_after=retry_after, **context)
 
 
 class ConnectionFailed(NetworkError, ConnectionError):
@@ -205,7 +207,7 @@ class ChecksumMismatch(NetworkError):
 
     is_retryable = True
 
-    def __init__(self, message: str = "", *, expected: str = "", actual: str = "", **context: Any) -> None:
+    def __init__(self, expected: str = "", actual: str = "", message: str = "", **context: Any) -> None:
         super().__init__(message or f"checksum mismatch: expected {expected}, received {actual}", **context)
         self.expected = expected
         self.actual = actual
@@ -215,7 +217,7 @@ class RetriesExhausted(NetworkError):
     """Every attempt failed; ``last_error`` says how the last one did."""
 
     def __init__(
-        self, message: str = "", *, attempts: int = 1, last_error: BaseException | None = None, **context: Any
+        self, attempts: int = 1, last_error: BaseException | None = None, message: str = "", **context: Any
     ) -> None:
         super().__init__(message or f"gave up: {last_error}", attempts=attempts, **context)
         self.last_error = last_error

@@ -124,7 +124,7 @@ def specimen(kind: type[NetworkError]) -> NetworkError:
         RetriesExhausted: {"last_error": Timeout("silent", attempts=2)},
     }
     return kind(
-        "what to do",
+        message="what to do",
         url="https://user:secret@host/path?token=secret",
         byte_range=RangeRequest(5, 9),
         attempts=3,
@@ -194,3 +194,15 @@ def test_no_secret_survives_redaction(word: str, place: int) -> None:
     secret = f"zQ{word}Qz"
     url = (f"https://{secret}:{secret}@host/path", f"https://host/path?k={secret}", f"https://host/path#{secret}")
     assert secret not in redact_url(url[place])
+
+
+def test_what_an_error_is_about_comes_first() -> None:
+    assert HttpError(418).status == 418
+    assert RateLimited(2.5).retry_after == 2.5
+    assert RateLimited(2.5).status == 429
+    mismatch = ChecksumMismatch("sha256:aa", "sha256:bb")
+    assert (mismatch.expected, mismatch.actual) == ("sha256:aa", "sha256:bb")
+    assert str(mismatch) == "checksum mismatch: expected sha256:aa, received sha256:bb"
+    exhausted = RetriesExhausted(4, NotFound())
+    assert exhausted.attempts == 4
+    assert isinstance(exhausted.last_error, NotFound)

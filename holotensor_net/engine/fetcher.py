@@ -498,7 +498,7 @@ class Fetcher:
                 if isinstance(choice, NetworkError):
                     raise copy.copy(choice)
                 if choice is None:
-                    raise RetriesExhausted("no endpoint is left to ask")
+                    raise RetriesExhausted(message="no endpoint is left to ask")
                 self._changed.wait(patience.remaining(choice.seconds))
                 patience.check()
 
@@ -695,7 +695,7 @@ class Fetcher:
         assert head is not None
         assert wanted is not None
         if request.byte_range is not None and wanted.length < request.byte_range.length and not request.allow_short:
-            raise HttpError(f"the object has {wanted.stop} bytes and ends before the range asked for", status=416)
+            raise HttpError(416, f"the object has {wanted.stop} bytes and ends before the range asked for")
         if attempt.destination is None:
             attempt.destination = self._cache.destination(wanted.length, head)
         destination = attempt.destination
@@ -895,7 +895,7 @@ def _wanted(request: LoadRequest, head: HeadInfo) -> RangeRequest:
     if size is None or wanted.stop <= size:
         return wanted
     if not request.allow_short:
-        raise HttpError(f"the object has {size} bytes and ends before the range asked for", status=416)
+        raise HttpError(416, f"the object has {size} bytes and ends before the range asked for")
     return RangeRequest(min(wanted.start, size), size)
 
 
@@ -926,4 +926,4 @@ def _summary(errors: list[NetworkError]) -> NetworkError:
         return last
     told = "; ".join(f"{error.url or 'an endpoint'}: {error.message}" for error in errors)
     attempts = sum(error.attempts for error in errors)
-    return RetriesExhausted(f"every endpoint failed: {told}", attempts=attempts, last_error=last)
+    return RetriesExhausted(attempts, last, f"every endpoint failed: {told}")

@@ -416,7 +416,7 @@ def _cache_verify(arguments: argparse.Namespace) -> None:
     else:
         print("\n".join([*map(_printable, broken), f"{len(broken)} damaged"]))
     if broken:
-        raise errors.ChecksumMismatch(f"{len(broken)} entries were damaged; they will be fetched again")
+        raise errors.ChecksumMismatch(message=f"{len(broken)} entries were damaged; they will be fetched again")
 
 
 def _cache_prune(arguments: argparse.Namespace) -> None:

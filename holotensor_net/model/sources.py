@@ -263,7 +263,7 @@ def _sliced(request: LoadRequest, whole: memoryview, head: HeadInfo | None) -> L
     began = time.monotonic()
     wanted = request.byte_range or RangeRequest(0, len(whole))
     if wanted.stop > len(whole) and not request.allow_short:
-        error = HttpError(f"the file has {len(whole)} bytes and ends before the range asked for", status=416)
+        error = HttpError(416, f"the file has {len(whole)} bytes and ends before the range asked for")
         return LoadFailure(request.fragment_id, error)
     data = whole[wanted.start : wanted.stop]
     return LoadSuccess(request.fragment_id, data, time.monotonic() - began, from_cache=True, head=head)

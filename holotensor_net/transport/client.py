@@ -421,7 +421,7 @@ class HttpClient:
         may_end = state.ask.allow_short or (state.ask.or_whole and size == 0)
         if size is None or size > state.position or not may_end:
             told = "" if size is None else f": it says that the object has {size} bytes"
-            raise HttpError(f"the server refuses the range{told}", status=416)
+            raise HttpError(416, f"the server refuses the range{told}")
         state.head = guards.head_info(headers, size, ranges=True)
         state.stop = state.position
         state.done = True
@@ -432,7 +432,7 @@ class HttpClient:
         if size is None or state.stop is None or size >= state.stop:
             return
         if not (state.ask.allow_short or state.ask.or_whole):
-            raise HttpError(f"the object has {size} bytes and ends before the range asked for", status=416)
+            raise HttpError(416, f"the object has {size} bytes and ends before the range asked for")
         state.stop = size
 
     def _move(
@@ -537,7 +537,7 @@ class HttpClient:
                 own = {name: value for name, value in own.items() if name.lower() in _TRAVELS}
             request = _prepared(method, target, own)
             self._check(patience)
-        raise HttpError(f"more than {self.config.max_redirects} redirects", status=response.status_code)
+        raise HttpError(response.status_code, f"more than {self.config.max_redirects} redirects")
 
     def _drain(self, response: requests.Response, patience: Patience) -> None:
         """Read what little is left of a body, so that its connection can be used again; a long rest is not worth it."""

@@ -187,9 +187,7 @@ def error_of_status(status: int, headers: Headers, now: float) -> HttpError:
     if status in (429, 503):
         return RateLimited(status=status, retry_after=retry_after(headers, now))
     if status in (401, 403, 407):
-        return HttpError(
-            f"the server answered {status}: check the credentials (auth=, HOLOTENSOR_TOKEN)", status=status
-        )
+        return HttpError(status, f"the server answered {status}: check the credentials (auth=, HOLOTENSOR_TOKEN)")
     return HttpError(status=status)
 
 

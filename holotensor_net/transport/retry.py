@@ -120,9 +120,9 @@ def _exhausted(state: tenacity.RetryCallState) -> object:
     if state.attempt_number == 1:
         raise error
     raise RetriesExhausted(
+        state.attempt_number,
+        error,
         f"gave up after {state.attempt_number} attempts; the last one: {error.message}",
-        attempts=state.attempt_number,
-        last_error=error,
         url=error.url,
         byte_range=error.byte_range,
         retry_after=error.retry_after,

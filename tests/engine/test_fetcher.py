@@ -450,13 +450,13 @@ def test_the_neighbours_of_one_that_cannot_be_had_arrive(bench: Callable[..., Be
     blocking.answer(OLD[:1])
     call = it.call()
     assert call.bounds == (0, 200)
-    call.fail(HttpError("the object ends at 100", status=416))
+    call.fail(HttpError(416, "the object ends at 100"))
     for _ in range(2):
         alone = it.call()
         if alone.bounds == (0, 100):
             alone.answer(OLD[:100])
         else:
-            alone.fail(HttpError("the object ends at 100", status=416))
+            alone.fail(HttpError(416, "the object ends at 100"))
     assert got(good) == OLD[:100]
     assert isinstance(bad.result(NEVER).error, HttpError)
     assert got(blocker)
@@ -941,10 +941,10 @@ def test_a_range_that_is_refused_once_it_was_begun_is_asked_for_anew_once(bench:
     future = it.submit(LoadRequest("id", "file"))
     it.call().answer(OLD)
     for call in it.call_for(CHUNK, 2 * CHUNK):
-        call.fail(HttpError("no such range", status=416))
+        call.fail(HttpError(416, "no such range"))
     it.call().answer(OLD)
     for call in it.call_for(CHUNK, 2 * CHUNK):
-        call.fail(HttpError("no such range", status=416))
+        call.fail(HttpError(416, "no such range"))
     error = future.result(NEVER).error
     assert isinstance(error, HttpError)
     assert error.status == 416
@@ -1008,7 +1008,12 @@ def test_a_load_that_waits_for_an_outage_to_end_can_be_cancelled(bench: Callable
 
 @pytest.mark.parametrize(
     ("error", "is_told"),
-    [(RateLimited("busy"), True), (Timeout("silent"), True), (NotFound("gone"), True), (ProtocolError("no"), False)],
+    [
+        (RateLimited(), True),
+        (Timeout("silent"), True),
+        (NotFound("gone"), True),
+        (ProtocolError("no"), False),
+    ],
 )
 def test_an_answer_that_refuses_is_a_sign_of_life(
     bench: Callable[..., Bench], error: NetworkError, is_told: bool

@@ -227,7 +227,7 @@ def test_attempts_are_capped(clock: Clock, retries: int) -> None:
 
 def test_exhaustion_says_how_often_where_and_why_and_keeps_the_last_error(clock: Clock) -> None:
     where = RangeRequest(0, 10)
-    last = RateLimited("busy", url="http://host/path?secret=1", byte_range=where, retry_after=2.0)
+    last = RateLimited(message="busy", url="http://host/path?secret=1", byte_range=where, retry_after=2.0)
     with pytest.raises(RetriesExhausted, match=r"gave up after 2 attempts.*busy") as caught:
         retrying(steady(max_retries=1), patience(clock))(failing(ConnectionFailed(), last))
     error = caught.value
