@@ -7,18 +7,15 @@ it has is kept only if a digest or the same strong validator proves that it belo
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import copy
 import enum
-import heapq
-import itertools
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ..config import NetworkConfig
@@ -49,12 +46,14 @@ from ..values import (
     LoadSuccess,
     Priority,
     RangeRequest,
-    Validator,
 )
+from .alarms import Alarms
+from .loads import Attempt, Books, Fragment, Load, Share, Waiter
 from .priority import PrioritizedFragment
 from .request_cache import Destination, Found, RequestCache, contradicts
 from .routes import Routes, is_unreachable
-from .scheduler import Part, Piece, Scheduler
+from .scheduler import Piece, Scheduler
+from .sinks import Bounded, Scatter
 
 __all__ = ["Fetcher", "FetcherStats"]
 
@@ -72,103 +71,6 @@ class FetcherStats:
     retries: int
     workers: int
     confirmed_bytes: int
-
-
-@dataclass(slots=True, eq=False)
-class _Attempt:
-    """One go at a load: all that must be of one version of the object. ``wanted`` is known once an answer has come,
-    ``missing`` counts the bytes of it that have not. ``is_open_ended``: the destination grows, as nobody knew how long
-    the object is. ``in_flight`` counts those who may be at the destination."""
-
-    endpoint: int | None = None
-    head: HeadInfo | None = None
-    wanted: RangeRequest | None = None
-    missing: int = 0
-    destination: Destination | None = None
-    is_open_ended: bool = False
-    in_flight: int = 0
-    abandoned: bool = False
-
-    def leave(self) -> None:
-        """A piece has ended, and what came of it. Under the fetcher's lock."""
-        self.in_flight -= 1
-        self.discard_if_idle()
-
-    def abandon(self) -> None:
-        """Nothing of it is wanted any more. Under the fetcher's lock."""
-        self.abandoned = True
-        self.discard_if_idle()
-
-    def discard_if_idle(self) -> None:
-        # Not while a piece is still being written: its file descriptor must not become another file's.
-        if self.abandoned and not self.in_flight and self.destination is not None:
-            self.destination.discard()
-            self.destination = None
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    """A fragment on its way, and everyone who waits for it. ``whole``: each endpoint is asked for all of the object in
-    a plain GET, as none is left that serves ranges."""
-
-    request: LoadRequest
-    fragment: _Fragment
-    held: Found | None
-    whole: bool
-    waiters: list[_Waiter] = field(default_factory=list)
-    attempt: _Attempt = field(default_factory=_Attempt)
-    tried: set[int] = field(default_factory=set)
-    failures: list[NetworkError] = field(default_factory=list)
-    restarts: int = 0
-    in_memory: bool = False
-    done: bool = False
-
-    @property
-    def version(self) -> Validator | None:
-        """The strong validator that all its pieces share, if there is one."""
-        pinned = self.request.validator
-        if pinned is not None and pinned.is_strong:
-            return pinned
-        head = self.attempt.head
-        return head.validator if head is not None and head.validator.is_strong else None
-
-    @property
-    def is_provable(self) -> bool:
-        """Whether pieces of several answers may be combined."""
-        return self.request.checksum is not None or self.version is not None
-
-
-@dataclass(eq=False)
-class _Waiter:
-    """A caller: which request it made, when, until when it waits, and the future that it holds. ``is_shared``: others
-    who ask for the same may be given that future too."""
-
-    load: _Load
-    request: LoadRequest
-    since: float
-    until: float | None
-    is_shared: bool
-    future: Future[LoadResult] = field(default_factory=Future)
-
-    @property
-    def fragment_id(self) -> str:
-        return self.request.fragment_id
-
-
-class _Fragment(PrioritizedFragment):
-    """A queued fragment that knows its load."""
-
-    __slots__ = ("load",)
-    load: _Load
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Share:
-    """What one piece does for one load."""
-
-    load: _Load
-    attempt: _Attempt
-    part: Part
 
 
 class _Again(enum.Enum):
@@ -207,12 +109,8 @@ class Fetcher:
         self._rangeless = {i for i, endpoint in enumerate(config.endpoints) if not endpoint.supports_range}
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # routes changed
-        self._loads: dict[object, _Load] = {}
-        self._by_id: dict[str, dict[_Load, None]] = {}
-        self._deadlines: list[tuple[float, int, weakref.ref[_Waiter]]] = []
-        self._sooner = threading.Condition(self._lock)  # there is an earlier deadline
-        self._numbers = itertools.count()
-        self._watcher: threading.Thread | None = None
+        self._books = Books()
+        self._alarms = Alarms("holotensor-alarms", clock=clock)
         self._workers = 0
         self._requests = 0
         self._retries = 0
@@ -233,10 +131,10 @@ class Fetcher:
         with self._lock:
             if self._closing.is_set():
                 raise Cancelled("the loader is closed: make a new one")
-            load = self._loads.get(_identity(request))
+            load = self._books.find(request)
             if load is not None:
                 return self._join(load, request, now, shared)
-            load = self._new_load(request, held, now)
+            load = self._books.open(request, held, now, whole=len(self._rangeless) == len(self._clients))
             future = self._wait_for(load, request, now, shared)
         try:
             self._scheduler.push(load.fragment, alone=held is not None, whole=load.whole)
@@ -249,7 +147,7 @@ class Fetcher:
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
         """Move a load to another level; False if none of that name is in flight."""
         with self._lock:
-            loads = list(self._by_id.get(fragment_id, ()))
+            loads = self._books.named(fragment_id)
             for load in loads:
                 self._scheduler.move(load.fragment, priority)
         return bool(loads)
@@ -257,8 +155,9 @@ class Fetcher:
     def cancel(self, fragment_id: str) -> bool:
         """Resolve whoever waits for this fragment with Cancelled; nobody else's load is touched."""
         with self._lock:
-            loads = self._by_id.get(fragment_id, ())
-            waiters = [w for load in loads for w in load.waiters if w.fragment_id == fragment_id]
+            waiters = [
+                w for load in self._books.named(fragment_id) for w in load.waiters if w.fragment_id == fragment_id
+            ]
         told = [self._dismiss(waiter, Cancelled("cancelled on request")) for waiter in waiters]
         return any(told)
 
@@ -283,30 +182,20 @@ class Fetcher:
         with self._lock:
             self._closing.set()
             self._changed.notify_all()
-            self._sooner.notify_all()
-            watcher = self._watcher
         self._scheduler.close()
         for client in self._clients:
             client.close()
         is_own = getattr(self._here, "is_own", False)  # called back by a future: a thread cannot wait for its own end
         self._executor.shutdown(wait=not is_own, cancel_futures=True)
-        if watcher is not None and not is_own:
-            watcher.join()
+        self._alarms.close(wait=not is_own)
         with self._lock:
-            left = list(self._loads.values())
+            left = self._books.all()
         for load in left:
             self._resolve(load, Cancelled("the loader was closed"))
 
     # -- loads
 
-    def _new_load(self, request: LoadRequest, held: Found | None, now: float) -> _Load:
-        fragment = _Fragment(request, queued_at=now)
-        whole = len(self._rangeless) == len(self._clients)
-        fragment.load = load = _Load(request, fragment, held, whole)
-        self._loads[_identity(request)] = load
-        return load
-
-    def _join(self, load: _Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
+    def _join(self, load: Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
         """One more who waits for a load in flight. With the lock held."""
         if request.priority < load.fragment.priority:
             self._scheduler.move(load.fragment, request.priority)
@@ -317,64 +206,48 @@ class Fetcher:
                     return waiter.future
         return self._wait_for(load, request, now, shared)
 
-    def _wait_for(self, load: _Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
+    def _wait_for(self, load: Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
         """A future for the end of a load. With the lock held."""
         limits = [limit for limit in (self._config.retry.deadline, request.deadline) if limit is not None]
         until = now + min(limits) if limits else None
-        waiter = _Waiter(load, request, now, until, is_shared=shared and request.deadline is None)
-        load.waiters.append(waiter)
-        self._by_id.setdefault(request.fragment_id, {})[load] = None
+        waiter = Waiter(load, request, now, until, is_shared=shared and request.deadline is None)
+        self._books.enter(waiter)
         # Future and waiter would hold each other, and so the bytes, until garbage is collected.
         waiter.future.add_done_callback(partial(_ended, weakref.ref(self), weakref.ref(waiter)))
         if until is not None:
-            self._expect(waiter, until)
+            self._alarms.at(until, waiter, self._overdue)
         return waiter.future
 
-    def _dismiss(self, waiter: _Waiter, error: NetworkError) -> bool:
+    def _overdue(self, waiter: Waiter) -> None:
+        """Tell a caller that its time is over, wherever its load is held up."""
+        self._here.is_own = True
+        self._dismiss(waiter, DeadlineExceeded("the deadline passed before the bytes were there"))
+
+    def _dismiss(self, waiter: Waiter, error: NetworkError) -> bool:
         """One waits no longer, and is told; a load that nobody waits for is dropped. False if it was told already."""
         load = waiter.load
         with self._lock:
-            if waiter not in load.waiters:
+            if not self._books.leave(waiter):
                 return False
-            load.waiters.remove(waiter)
-            self._forget_name(load, waiter.fragment_id)
             is_dropped = not load.waiters
             if is_dropped:
-                self._remove(load)
+                self._books.close(load)
         if is_dropped:
             self._scheduler.settle(load.fragment, success=False)
         self._answer(waiter, error)
         return True
 
-    def _remove(self, load: _Load) -> list[_Waiter]:
-        """Take a load out of the books; gives those who are to be told. With the lock held."""
-        load.done = True
-        load.attempt.abandon()
-        del self._loads[_identity(load.request)]
-        waiters, load.waiters = load.waiters, []
-        for waiter in waiters:
-            self._forget_name(load, waiter.fragment_id)
-        return waiters
-
-    def _forget_name(self, load: _Load, name: str) -> None:
-        """Let a load go by this name no longer, unless somebody else calls it so. With the lock held."""
-        loads = self._by_id.get(name, {})
-        if load in loads and not any(waiter.fragment_id == name for waiter in load.waiters):
-            del loads[load]
-            if not loads:
-                del self._by_id[name]
-
-    def _resolve(self, load: _Load, outcome: LoadSuccess | NetworkError) -> None:
+    def _resolve(self, load: Load, outcome: LoadSuccess | NetworkError) -> None:
         """End a load: everyone who waits for it is told."""
         with self._lock:
             if load.done:
                 return
-            waiters = self._remove(load)
+            waiters = self._books.close(load)
         self._scheduler.settle(load.fragment, success=isinstance(outcome, LoadSuccess))
         for waiter in waiters:
             self._answer(waiter, outcome)
 
-    def _answer(self, waiter: _Waiter, outcome: LoadSuccess | NetworkError) -> None:
+    def _answer(self, waiter: Waiter, outcome: LoadSuccess | NetworkError) -> None:
         """Tell one who waits. Whoever took it off the load's list calls this, and so nobody else."""
         duration = self._clock() - waiter.since
         name = waiter.fragment_id
@@ -384,41 +257,6 @@ class Fetcher:
             result = LoadFailure(name, outcome, duration)
         if waiter.future.set_running_or_notify_cancel():
             waiter.future.set_result(result)
-
-    # -- deadlines
-
-    def _expect(self, waiter: _Waiter, until: float) -> None:
-        """Have the caller told when its time is over. With the lock held."""
-        entry = (until, next(self._numbers), weakref.ref(waiter))
-        heapq.heappush(self._deadlines, entry)
-        if self._watcher is None:
-            watcher = threading.Thread(target=self._watch, name="holotensor-deadlines")
-            watcher.start()
-            self._watcher = watcher
-        elif self._deadlines[0] is entry:
-            self._sooner.notify()
-
-    def _watch(self) -> None:
-        """Tell callers when their time is over, wherever their load is held up. A thread of its own, which no transfer
-        can keep busy, and which ends when nobody has a deadline."""
-        self._here.is_own = True
-        while (waiter := self._next_overdue()) is not None:
-            self._dismiss(waiter, DeadlineExceeded("the deadline passed before the bytes were there"))
-
-    def _next_overdue(self) -> _Waiter | None:
-        with self._lock:
-            while self._deadlines and not self._closing.is_set():
-                until, _, known = self._deadlines[0]
-                left = until - self._clock()
-                if known() is not None and left > 0:
-                    self._sooner.wait(min(left, threading.TIMEOUT_MAX))
-                    continue
-                heapq.heappop(self._deadlines)
-                waiter = known()
-                if waiter is not None:
-                    return waiter
-            self._watcher = None
-            return None
 
     # -- workers
 
@@ -468,22 +306,22 @@ class Fetcher:
             for share in shares:
                 self._resolve(share.load, _defect(error))
 
-    def _begin(self, piece: Piece) -> list[_Share]:
+    def _begin(self, piece: Piece) -> list[Share]:
         """What a piece does for loads that still want it."""
         with self._lock:
             shares = []
             for part in piece.parts:
-                if isinstance(part.fragment, _Fragment) and not part.fragment.load.done and not part.is_stale:
+                if isinstance(part.fragment, Fragment) and not part.fragment.load.done and not part.is_stale:
                     load = part.fragment.load
                     load.attempt.in_flight += 1
-                    shares.append(_Share(load, load.attempt, part))
+                    shares.append(Share(load, load.attempt, part))
             return shares
 
-    def _excluded(self, load: _Load) -> set[int]:
+    def _excluded(self, load: Load) -> set[int]:
         """The endpoints that are not to be asked for a load. With the lock held."""
         return load.tried if load.whole else load.tried | self._rangeless
 
-    def _choose(self, shares: list[_Share]) -> int:
+    def _choose(self, shares: list[Share]) -> int:
         """The endpoint to ask, once there is one. Raises what all of them suffer from."""
         patience = self._patience(shares)
         held = shares[0].load.held
@@ -502,7 +340,7 @@ class Fetcher:
                 self._changed.wait(patience.remaining(choice.seconds))
                 patience.check()
 
-    def _transfer(self, piece: Piece, shares: list[_Share], endpoint: int) -> Answer:
+    def _transfer(self, piece: Piece, shares: list[Share], endpoint: int) -> Answer:
         return self._clients[endpoint].transfer(
             self._ask(piece, shares[0], endpoint),
             lambda head, coming: self._open(shares, head),
@@ -511,7 +349,7 @@ class Fetcher:
             on_retry=self._note_retry,
         )
 
-    def _ask(self, piece: Piece, lead: _Share, endpoint: int) -> Ask:
+    def _ask(self, piece: Piece, lead: Share, endpoint: int) -> Ask:
         """What to ask the endpoint for."""
         load, attempt, wanted = lead.load, lead.attempt, piece.byte_range
         request = load.request
@@ -532,7 +370,7 @@ class Fetcher:
                 or_whole=is_all,
             )
 
-    def _patience(self, shares: list[_Share]) -> Patience:
+    def _patience(self, shares: list[Share]) -> Patience:
         """As long as the most patient of those who wait, and only while somebody does."""
         with self._lock:
             ends = [waiter.until for share in shares for waiter in share.load.waiters]
@@ -544,7 +382,7 @@ class Fetcher:
             clock=self._clock,
         )
 
-    def _pace(self, size: int, shares: list[_Share], endpoint: int) -> None:
+    def _pace(self, size: int, shares: list[Share], endpoint: int) -> None:
         delay = self._scheduler.record(size)
         self._heard(endpoint)
         if self._workers < self._scheduler.limit:
@@ -566,16 +404,16 @@ class Fetcher:
 
     # -- bytes
 
-    def _open(self, shares: list[_Share], head: HeadInfo) -> Write:
+    def _open(self, shares: list[Share], head: HeadInfo) -> Write:
         """Where an answer's bytes go: each load's share to its own place, what lies between to nowhere."""
         places = [place for share in shares if (place := self._place(share, head)) is not None]
-        scatter = _Scatter(places)
+        scatter = Scatter(places)
         if head.size is not None:
             return scatter
         is_in_memory = any(isinstance(destination, MemoryPart) for _, destination in places)
-        return _Bounded(scatter, self._config.memory_budget if is_in_memory else self._config.max_cache_size)
+        return Bounded(scatter, self._config.memory_budget if is_in_memory else self._config.max_cache_size)
 
-    def _place(self, share: _Share, head: HeadInfo) -> tuple[RangeRequest, Destination] | None:
+    def _place(self, share: Share, head: HeadInfo) -> tuple[RangeRequest, Destination] | None:
         """The range of the object that a load wants, and the one place where its bytes go; None if nobody waits."""
         load, attempt = share.load, share.attempt
         pinned = load.request.validator
@@ -598,7 +436,7 @@ class Fetcher:
                 return None
             return attempt.wanted, attempt.destination
 
-    def _arrived(self, shares: list[_Share], answer: Answer, endpoint: int) -> None:
+    def _arrived(self, shares: list[Share], answer: Answer, endpoint: int) -> None:
         """A piece is there: see what each of its loads still lacks."""
         self._heard(endpoint)
         complete = []
@@ -630,7 +468,7 @@ class Fetcher:
             with self._lock:
                 self._workers += 1
 
-    def _advance(self, share: _Share, answer: Answer) -> bool:
+    def _advance(self, share: Share, answer: Answer) -> bool:
         """Book what a piece brought; True if the load now has everything. With the lock held."""
         load, attempt, came = share.load, share.attempt, answer.byte_range
         if came is None:
@@ -654,7 +492,7 @@ class Fetcher:
             self._scheduler.extend(load.fragment, self._scheduler.cut(rest))
         return attempt.missing == 0
 
-    def _ends(self, load: _Load, head: HeadInfo, came: RangeRequest) -> bool:
+    def _ends(self, load: Load, head: HeadInfo, came: RangeRequest) -> bool:
         """Whether a body ended where the object does, of which no answer, or not the first, had told how long it is.
         With the lock held."""
         size = came.stop if head.size is None else head.size
@@ -667,7 +505,7 @@ class Fetcher:
         attempt.wanted = RangeRequest(min(wanted.start, size), min(wanted.stop, size))
         return True
 
-    def _complete(self, share: _Share, answer: Answer, endpoint: int) -> None:
+    def _complete(self, share: Share, answer: Answer, endpoint: int) -> None:
         """All pieces are there: verify, publish, and tell whoever waits."""
         load = share.load
         try:
@@ -680,7 +518,7 @@ class Fetcher:
         else:
             self._resolve(load, outcome)
 
-    def _confirmed(self, load: _Load, answer: Answer) -> LoadSuccess:
+    def _confirmed(self, load: Load, answer: Answer) -> LoadSuccess:
         assert load.held is not None
         data = self._cache.confirm(load.held, answer.head)
         if data is None:
@@ -689,7 +527,7 @@ class Fetcher:
             self._confirmed_bytes += len(data)
         return LoadSuccess(load.request.fragment_id, data, from_cache=True, head=load.held.head)
 
-    def _verified(self, share: _Share, endpoint: int) -> LoadSuccess:
+    def _verified(self, share: Share, endpoint: int) -> LoadSuccess:
         load, attempt = share.load, share.attempt
         request, head, wanted = load.request, attempt.head, attempt.wanted
         assert head is not None
@@ -716,7 +554,7 @@ class Fetcher:
 
     # -- when it goes wrong
 
-    def _failed(self, shares: list[_Share], error: NetworkError, endpoint: int | None) -> None:
+    def _failed(self, shares: list[Share], error: NetworkError, endpoint: int | None) -> None:
         with self._lock:
             outage = endpoint is not None and self._report(endpoint, error)
             self._changed.notify_all()
@@ -738,7 +576,7 @@ class Fetcher:
         return False
 
     def _recover(
-        self, share: _Share, error: NetworkError, endpoint: int | None, *, shared: bool = False, outage: bool = False
+        self, share: Share, error: NetworkError, endpoint: int | None, *, shared: bool = False, outage: bool = False
     ) -> None:
         """After a failed piece: ask again, for it or for all, or give up."""
         load = share.load
@@ -755,14 +593,14 @@ class Fetcher:
             told = error if is_final else _summary(load.failures)
             self._resolve(load, self._stale(load, told) or told)
 
-    def _stale(self, load: _Load, error: NetworkError) -> LoadSuccess | None:
+    def _stale(self, load: Load, error: NetworkError) -> LoadSuccess | None:
         """What the cache has of it, where its server fails and has allowed that."""
         data = self._cache.stale(load.held) if load.held is not None and _is_failing(error) else None
         if data is None or load.held is None:
             return None
         return LoadSuccess(load.request.fragment_id, data, from_cache=True, head=load.held.head)
 
-    def _what_again(self, share: _Share, error: NetworkError, endpoint: int | None, is_passing: bool) -> _Again:
+    def _what_again(self, share: Share, error: NetworkError, endpoint: int | None, is_passing: bool) -> _Again:
         """What to ask for once more. With the lock held."""
         load = share.load
         if isinstance(error, Cancelled):
@@ -780,7 +618,7 @@ class Fetcher:
         keeps = load.is_provable and not load.whole and not isinstance(error, ChecksumMismatch)
         return _Again.PIECE if keeps else _Again.ALL
 
-    def _begins_again(self, load: _Load, error: NetworkError) -> bool:
+    def _begins_again(self, load: Load, error: NetworkError) -> bool:
         """Whether to fetch all of it once more from the same endpoint: the disk failed, the object was replaced, or the
         server knows no ranges. With the lock held."""
         if isinstance(error, _Moved):
@@ -804,7 +642,7 @@ class Fetcher:
             return len(self._excluded(load)) + 1 >= len(self._clients)
         return False
 
-    def _goes_elsewhere(self, load: _Load, error: NetworkError, endpoint: int | None) -> bool:
+    def _goes_elsewhere(self, load: Load, error: NetworkError, endpoint: int | None) -> bool:
         """Whether there is another endpoint to ask; those without ranges come last. With the lock held."""
         load.failures.append(error)
         if endpoint is not None:
@@ -816,59 +654,25 @@ class Fetcher:
         load.whole = True
         return True
 
-    def _restart(self, load: _Load) -> None:
+    def _restart(self, load: Load) -> None:
         """Begin a load anew. With the lock held."""
         load.attempt.abandon()
-        load.attempt = _Attempt()
+        load.attempt = Attempt()
         self._scheduler.restart(load.fragment, whole=load.whole)
 
 
 def _dropped(known: weakref.ref[Fetcher], fragment: PrioritizedFragment) -> None:
     """The scheduler has forgotten a fragment: tell whoever waits for it."""
     fetcher = known()
-    if fetcher is not None and isinstance(fragment, _Fragment):
+    if fetcher is not None and isinstance(fragment, Fragment):
         fetcher._resolve(fragment.load, Cancelled("the queue was cleared"))
 
 
-def _ended(known: weakref.ref[Fetcher], waiting: weakref.ref[_Waiter], future: Future[LoadResult]) -> None:
+def _ended(known: weakref.ref[Fetcher], waiting: weakref.ref[Waiter], future: Future[LoadResult]) -> None:
     """A future has ended: if that is because it was cancelled, its load may have to be dropped."""
     fetcher, waiter = known(), waiting()
     if fetcher is not None and waiter is not None and future.cancelled():
         fetcher._dismiss(waiter, Cancelled("cancelled on request"))
-
-
-class _Scatter:
-    """Writes a stream of one object's bytes to the places that want parts of it."""
-
-    def __init__(self, places: list[tuple[RangeRequest, Destination]]) -> None:
-        self._places = sorted(places, key=lambda place: place[0].start)
-        self._starts = [wanted.start for wanted, _ in self._places]
-
-    def __call__(self, offset: int, data: memoryview) -> None:
-        end = offset + len(data)
-        first = max(0, bisect.bisect_right(self._starts, offset) - 1)
-        for wanted, destination in self._places[first:]:
-            low, high = max(wanted.start, offset), min(wanted.stop, end)
-            if low < high:
-                destination.write(low - wanted.start, data[low - offset : high - offset])
-            if wanted.stop >= end:
-                break
-
-
-class _Bounded:
-    """Writes a body of unknown size up to ``most`` bytes of it: a server may send for ever."""
-
-    def __init__(self, write: Write, most: int) -> None:
-        self._write = write
-        self._most = most
-
-    def __call__(self, offset: int, data: memoryview) -> None:
-        if offset + len(data) > self._most:
-            raise NetworkError(
-                f"the server did not say how long the body is, and it is longer than {self._most} bytes: raise"
-                " memory_budget, or max_cache_size if it goes to disk"
-            )
-        self._write(offset, data)
 
 
 _UNTIL_ITS_END = RangeRequest(0, 1 << 62)
@@ -905,18 +709,6 @@ def _known_size(request: LoadRequest) -> int | None:
 
 def _overlap(one: RangeRequest, other: RangeRequest) -> int:
     return max(0, min(one.stop, other.stop) - max(one.start, other.start))
-
-
-def _identity(request: LoadRequest) -> object:
-    """What makes two requests one load."""
-    return (
-        request.path,
-        request.byte_range,
-        request.checksum,
-        request.validator,
-        request.expected_size,
-        request.allow_short,
-    )
 
 
 def _summary(errors: list[NetworkError]) -> NetworkError:

@@ -200,7 +200,7 @@ class Bench:
     def is_quiet(self) -> bool:
         """Whether nothing is under way and nothing is left in the books."""
         fetcher = self.fetcher
-        return not (fetcher._loads or fetcher._by_id or self.scheduler.queue_len or self.scheduler._parked)
+        return not (fetcher._books or fetcher._books._by_name or self.scheduler.queue_len or self.scheduler._parked)
 
 
 @pytest.fixture

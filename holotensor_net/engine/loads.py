@@ -1,0 +1,187 @@
+"""Loads: who asked for what, how far it has come, and the books that hold all of that.
+
+Nothing here waits, reads or writes; the owner's lock guards it.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from ..errors import NetworkError
+from ..values import HeadInfo, LoadRequest, LoadResult, RangeRequest, Validator
+from .priority import PrioritizedFragment
+from .request_cache import Destination, Found
+from .scheduler import Part
+
+__all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Waiter"]
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One go at a load: all that must be of one version of the object. ``wanted`` is known once an answer has come,
+    ``missing`` counts the bytes of it that have not. ``is_open_ended``: the destination grows, as nobody knew how long
+    the object is. ``in_flight`` counts those who may be at the destination."""
+
+    endpoint: int | None = None
+    head: HeadInfo | None = None
+    wanted: RangeRequest | None = None
+    missing: int = 0
+    destination: Destination | None = None
+    is_open_ended: bool = False
+    in_flight: int = 0
+    abandoned: bool = False
+
+    def leave(self) -> None:
+        """A piece has ended, and what came of it. Under the fetcher's lock."""
+        self.in_flight -= 1
+        self.discard_if_idle()
+
+    def abandon(self) -> None:
+        """Nothing of it is wanted any more. Under the fetcher's lock."""
+        self.abandoned = True
+        self.discard_if_idle()
+
+    def discard_if_idle(self) -> None:
+        # Not while a piece is still being written: its file descriptor must not become another file's.
+        if self.abandoned and not self.in_flight and self.destination is not None:
+            self.destination.discard()
+            self.destination = None
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """A fragment on its way, and everyone who waits for it. ``whole``: each endpoint is asked for all of the object in
+    a plain GET, as none is left that serves ranges."""
+
+    request: LoadRequest
+    fragment: Fragment
+    held: Found | None
+    whole: bool
+    waiters: list[Waiter] = field(default_factory=list)
+    attempt: Attempt = field(default_factory=Attempt)
+    tried: set[int] = field(default_factory=set)
+    failures: list[NetworkError] = field(default_factory=list)
+    restarts: int = 0
+    in_memory: bool = False
+    done: bool = False
+
+    @property
+    def version(self) -> Validator | None:
+        """The strong validator that all its pieces share, if there is one."""
+        pinned = self.request.validator
+        if pinned is not None and pinned.is_strong:
+            return pinned
+        head = self.attempt.head
+        return head.validator if head is not None and head.validator.is_strong else None
+
+    @property
+    def is_provable(self) -> bool:
+        """Whether pieces of several answers may be combined."""
+        return self.request.checksum is not None or self.version is not None
+
+
+@dataclass(eq=False)
+class Waiter:
+    """A caller: which request it made, when, until when it waits, and the future that it holds. ``is_shared``: others
+    who ask for the same may be given that future too."""
+
+    load: Load
+    request: LoadRequest
+    since: float
+    until: float | None
+    is_shared: bool
+    future: Future[LoadResult] = field(default_factory=Future)
+
+    @property
+    def fragment_id(self) -> str:
+        return self.request.fragment_id
+
+
+class Fragment(PrioritizedFragment):
+    """A queued fragment that knows its load."""
+
+    __slots__ = ("load",)
+    load: Load
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """What one piece does for one load."""
+
+    load: Load
+    attempt: Attempt
+    part: Part
+
+
+class Books:
+    """The loads in flight, by what they are and by the names that callers gave them. Not thread-safe: its owner has a
+    lock."""
+
+    def __init__(self) -> None:
+        self._loads: dict[object, Load] = {}
+        self._by_name: dict[str, dict[Load, None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._loads)
+
+    def all(self) -> list[Load]:
+        return list(self._loads.values())
+
+    def named(self, name: str) -> list[Load]:
+        """The loads of which somebody waits for a fragment of this name."""
+        return list(self._by_name.get(name, ()))
+
+    def find(self, request: LoadRequest) -> Load | None:
+        """The load that an equal request has begun."""
+        return self._loads.get(_identity(request))
+
+    def open(self, request: LoadRequest, held: Found | None, now: float, *, whole: bool) -> Load:
+        """A new load, that nobody waits for yet."""
+        fragment = Fragment(request, queued_at=now)
+        fragment.load = load = Load(request, fragment, held, whole)
+        self._loads[_identity(request)] = load
+        return load
+
+    def enter(self, waiter: Waiter) -> None:
+        """One more waits for a load."""
+        waiter.load.waiters.append(waiter)
+        self._by_name.setdefault(waiter.fragment_id, {})[waiter.load] = None
+
+    def leave(self, waiter: Waiter) -> bool:
+        """One waits no longer; False if it was told already."""
+        if waiter not in waiter.load.waiters:
+            return False
+        waiter.load.waiters.remove(waiter)
+        self._forget_name(waiter.load, waiter.fragment_id)
+        return True
+
+    def close(self, load: Load) -> list[Waiter]:
+        """Strike a load out; gives those who are to be told."""
+        load.done = True
+        load.attempt.abandon()
+        del self._loads[_identity(load.request)]
+        waiters, load.waiters = load.waiters, []
+        for waiter in waiters:
+            self._forget_name(load, waiter.fragment_id)
+        return waiters
+
+    def _forget_name(self, load: Load, name: str) -> None:
+        """Let a load go by this name no longer, unless somebody else calls it so."""
+        loads = self._by_name.get(name, {})
+        if load in loads and not any(waiter.fragment_id == name for waiter in load.waiters):
+            del loads[load]
+            if not loads:
+                del self._by_name[name]
+
+
+def _identity(request: LoadRequest) -> object:
+    """What makes two requests one load."""
+    return (
+        request.path,
+        request.byte_range,
+        request.checksum,
+        request.validator,
+        request.expected_size,
+        request.allow_short,
+    )

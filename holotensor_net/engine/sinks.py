@@ -1,0 +1,46 @@
+"""Sinks: where the bytes of an answer go."""
+
+from __future__ import annotations
+
+import bisect
+
+from ..errors import NetworkError
+from ..transport.client import Write
+from ..values import RangeRequest
+from .request_cache import Destination
+
+__all__ = ["Bounded", "Scatter"]
+
+
+class Scatter:
+    """Writes a stream of one object's bytes to the places that want parts of it."""
+
+    def __init__(self, places: list[tuple[RangeRequest, Destination]]) -> None:
+        self._places = sorted(places, key=lambda place: place[0].start)
+        self._starts = [wanted.start for wanted, _ in self._places]
+
+    def __call__(self, offset: int, data: memoryview) -> None:
+        end = offset + len(data)
+        first = max(0, bisect.bisect_right(self._starts, offset) - 1)
+        for wanted, destination in self._places[first:]:
+            low, high = max(wanted.start, offset), min(wanted.stop, end)
+            if low < high:
+                destination.write(low - wanted.start, data[low - offset : high - offset])
+            if wanted.stop >= end:
+                break
+
+
+class Bounded:
+    """Writes a body of unknown size up to ``most`` bytes of it: a server may send for ever."""
+
+    def __init__(self, write: Write, most: int) -> None:
+        self._write = write
+        self._most = most
+
+    def __call__(self, offset: int, data: memoryview) -> None:
+        if offset + len(data) > self._most:
+            raise NetworkError(
+                f"the server did not say how long the body is, and it is longer than {self._most} bytes: raise"
+                " memory_budget, or max_cache_size if it goes to disk"
+            )
+        self._write(offset, data)
