@@ -84,6 +84,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "concurrent.futures.ThreadPoolExecutor": ("engine/fetcher",),
     "builtins.print": ("interfaces/cli", "origin"),
     "time.sleep": ("interfaces/", "origin"),  # every other wait can be interrupted
+    "functools.cached_property": (),  # before Python 3.12 it has a lock that a fork can leave held for ever (seen)
 }
 
 # Imported when first needed, so never at module level, except in the rooms named.
@@ -301,6 +302,7 @@ FORBIDDEN = {
     "a pool by full name": ("engine/loader", "import concurrent.futures\nconcurrent.futures.ThreadPoolExecutor(1)"),
     "print": ("interfaces/progress", "def f():\n    print(1)"),
     "sleep": ("transport/retry", "import time\ndef f(sleep=time.sleep): ..."),
+    "a lock that survives a fork": ("storage/freshness", "from functools import cached_property as lazily"),
     "sleep by another name": ("transport/retry", "import time as t\nt.sleep(1)"),
     "sleep alone": ("transport/retry", "from time import sleep as wait\nwait(1)"),
     "origin with company": ("origin", "if TYPE_CHECKING:\n    from .values import RangeRequest"),

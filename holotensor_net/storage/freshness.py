@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import cached_property
 from typing import Any
 
 from ..errors import CacheError
@@ -152,11 +151,11 @@ class Freshness:
     def __post_init__(self) -> None:
         object.__setattr__(self, "headers", kept(self.headers))
 
-    @cached_property
+    @property
     def control(self) -> CacheControl:
         return CacheControl.parse(self.headers.get("cache-control", ""))
 
-    @cached_property
+    @property
     def varies_on(self) -> frozenset[str]:
         """Names of the request's headers that the answer depends on, in lower case; ``*``: on more than these."""
         names = self.headers.get("vary", "").lower().split(",")
@@ -177,13 +176,13 @@ class Freshness:
         """Whether the origin wants to be asked, come what may (RFC 9111 §4.2.4)."""
         return any(name in self.control for name in ("no-store", "no-cache", "must-revalidate"))
 
-    @cached_property
+    @property
     def _date(self) -> float:
         """When the origin made the answer; when it came, if it does not say (RFC 9110 §6.6.1)."""
         date = http_date(self.headers.get("date"), self.response_time)
         return self.response_time if date is None else date
 
-    @cached_property
+    @property
     def lifetime(self) -> float:
         """Seconds for which the answer is fresh, counted from when the origin made it (RFC 9111 §4.2.1)."""
         max_age = self.control.seconds("max-age")
