@@ -240,7 +240,7 @@ def _faults_of_names(room: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
             head, dot, rest = ast.unparse(node).partition(".")
             used = origins.get(head, f"builtins.{head}") + dot + rest
             if used in NAMES and not _stands_in(room, NAMES[used]):
-                yield node.lineno, f"uses {used}, the business of {', '.join(NAMES[used])}"
+                yield node.lineno, f"uses {used}, the business of {', '.join(NAMES[used]) or 'nobody'}"
 
 
 def _faults_of_door(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -302,7 +302,10 @@ FORBIDDEN = {
     "a pool by full name": ("engine/loader", "import concurrent.futures\nconcurrent.futures.ThreadPoolExecutor(1)"),
     "print": ("interfaces/progress", "def f():\n    print(1)"),
     "sleep": ("transport/retry", "import time\ndef f(sleep=time.sleep): ..."),
-    "a lock that survives a fork": ("storage/freshness", "from functools import cached_property as lazily"),
+    "a lock that survives a fork": (
+        "storage/freshness",
+        "from functools import cached_property as lazily\n@lazily\ndef f(self): ...",
+    ),
     "sleep by another name": ("transport/retry", "import time as t\nt.sleep(1)"),
     "sleep alone": ("transport/retry", "from time import sleep as wait\nwait(1)"),
     "origin with company": ("origin", "if TYPE_CHECKING:\n    from .values import RangeRequest"),
