@@ -24,7 +24,7 @@ HOUSE = "holotensor_net"
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "values", "config"),
     1: (
-        *("transport/retry", "transport/guards", "transport/sockets"),
+        *("transport/retry", "transport/guards", "transport/sockets", "transport/translation"),
         *("storage/blobs", "storage/memory", "storage/freshness"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
         *("engine/alarms",),
@@ -69,8 +69,8 @@ FOLDERS = ("transport", "storage", "engine", "formats", "model", "stream_cache",
 
 # One room, or one folder (with its slash), has a library to itself.
 MONOPOLIES: dict[str, tuple[str, ...]] = {
-    "requests": ("transport/client", "transport/sockets"),
-    "urllib3": ("transport/client", "transport/sockets"),
+    "requests": ("transport/client", "transport/translation"),
+    "urllib3": ("transport/client", "transport/sockets", "transport/translation"),
     "tenacity": ("transport/retry",),
     "cachetools": ("storage/cache", "stream_cache/"),
     "platformdirs": ("config",),

@@ -1,7 +1,7 @@
 """HttpClient: one endpoint, asked politely and not believed until checked.
 
-The only room that knows requests and urllib3: their exceptions are translated here, once, and their answers pass the
-guards before a byte reaches its place. A transfer resumes where its counted bytes end, as long as a strong validator
+Here requests and urllib3 are asked: their exceptions are translated on the way out, and their answers pass the guards
+before a byte reaches its place. A transfer resumes where its counted bytes end, as long as a strong validator
 proves that the object is the same.
 """
 
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import http.client
 import os
 import re
-import sys
 import threading
 import time
 import weakref
@@ -38,7 +36,6 @@ from ..errors import (
     ObjectChanged,
     ProtocolError,
     RangeNotSupported,
-    StalledTransfer,
     Timeout,
     redact_url,
 )
@@ -46,6 +43,7 @@ from ..values import HeadInfo, RangeRequest, Validator
 from . import guards
 from .retry import Patience, retrying
 from .sockets import LiveSockets, pool_classes
+from .translation import translated
 
 __all__ = ["Answer", "Ask", "HttpClient", "OpenSink", "Write"]
 
@@ -483,7 +481,7 @@ class HttpClient:
             raise Timeout("no connection came free: raise max_connections, or ask from fewer threads")
         try:
             own = self._own_headers(headers)
-            with _translated():
+            with translated():
                 response = self._follow(method, url, own, patience)
                 try:
                     yield response, {name.lower(): value.strip(" \t") for name, value in response.headers.items()}
@@ -624,82 +622,6 @@ class _Adapter(HTTPAdapter):
         manager = super().proxy_manager_for(*args, **kwargs)
         manager.pool_classes_by_scheme = self._pool_classes
         return manager
-
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """Foreign exceptions become ours here and nowhere else.
-
-    Their cause is what the system said: the layers between repeat the URL, and what is secret in it.
-    """
-    outside = sys.exc_info()[1]
-    try:
-        yield
-    except NetworkError:
-        raise
-    except (urllib3.exceptions.HTTPError, OSError) as error:  # requests' own are OSErrors
-        cause = _beneath(error, outside)
-        ours = _ours(error, cause)
-        try:
-            raise ours from cause
-        finally:
-            ours.__context__ = outside
-
-
-def _ours(error: BaseException, cause: BaseException | None) -> NetworkError:
-    """The error of our tree for a foreign one and what lies beneath it."""
-    reason = _reason(cause or error)
-    match error:
-        case requests.Timeout() | urllib3.exceptions.ConnectTimeoutError():
-            return Timeout(f"the server did not answer in time ({reason})")
-        case urllib3.exceptions.ReadTimeoutError() | TimeoutError():
-            return StalledTransfer("the bytes stopped, or came too slowly")
-        case requests.exceptions.SSLError():
-            return ConnectionFailed(f"no secure connection: {reason}")
-        case requests.exceptions.ProxyError():
-            return ConnectionFailed(f"the proxy refused: {reason}")
-        case requests.exceptions.InvalidProxyURL() | requests.exceptions.InvalidSchema():
-            return ConfigurationError("the proxy cannot be used: see CdnEndpoint.proxies, HTTP_PROXY and HTTPS_PROXY")
-        case requests.exceptions.InvalidURL():
-            return InvalidUrl("not a URL that can be asked for: check the endpoint, and the proxy if there is one")
-        case requests.exceptions.InvalidHeader():
-            return ProtocolError("the answer has a header that contradicts itself")
-        case requests.ConnectionError() if _is_gibberish(cause):
-            return ProtocolError(f"the answer is not HTTP: {reason}")
-        case requests.ConnectionError():
-            unreached = isinstance(_root(error), urllib3.exceptions.NewConnectionError)
-            return ConnectionFailed(reason, established=not unreached)
-        case _:
-            return ConnectionFailed(f"the connection was cut: {reason}", established=True)
-
-
-def _is_gibberish(cause: BaseException | None) -> bool:
-    return isinstance(cause, http.client.HTTPException) and not isinstance(cause, OSError)
-
-
-def _root(error: BaseException) -> object:
-    inner = error.args[0] if error.args else None
-    return getattr(inner, "reason", inner)
-
-
-def _beneath(error: BaseException, outside: BaseException | None) -> BaseException | None:
-    """What the system said, under the libraries' layers; None if it was a library that refused.
-
-    ``outside``: what was being handled when the work began, which is no part of it.
-    """
-    while (inner := error.__cause__ or (not error.__suppress_context__ and error.__context__)) and inner is not outside:
-        error = inner
-    is_foreign = isinstance(error, requests.RequestException | urllib3.exceptions.HTTPError)
-    return None if is_foreign else error
-
-
-def _reason(error: BaseException) -> str:
-    """A few words on what went wrong, without the URL that the libraries' own would repeat."""
-    if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
-        return error.strerror or str(error) or type(error).__name__
-    if isinstance(error, http.client.HTTPException) and not isinstance(error, http.client.IncompleteRead):
-        return f"{type(error).__name__} {str(error)[:60]!r}"
-    return type(error).__name__
 
 
 def _prepared(method: str, url: str, headers: Mapping[str, str]) -> requests.PreparedRequest:

@@ -1,0 +1,103 @@
+"""Foreign exceptions become ours here and nowhere else.
+
+Above this room nobody has heard of requests or urllib3. Each error says in a few words what the system said; never
+the URL that the libraries' own words would repeat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import sys
+from collections.abc import Iterator
+
+import requests
+import urllib3
+
+from ..errors import (
+    ConfigurationError,
+    ConnectionFailed,
+    InvalidUrl,
+    NetworkError,
+    ProtocolError,
+    StalledTransfer,
+    Timeout,
+)
+
+__all__ = ["translated"]
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Errors that leave here are of our tree.
+
+    Their cause is what the system said: the layers between repeat the URL, and what is secret in it.
+    """
+    outside = sys.exc_info()[1]
+    try:
+        yield
+    except NetworkError:
+        raise
+    except (urllib3.exceptions.HTTPError, OSError) as error:  # requests' own are OSErrors
+        cause = _beneath(error, outside)
+        ours = _ours(error, cause)
+        try:
+            raise ours from cause
+        finally:
+            ours.__context__ = outside
+
+
+def _ours(error: BaseException, cause: BaseException | None) -> NetworkError:
+    """The error of our tree for a foreign one and what lies beneath it."""
+    reason = _reason(cause or error)
+    match error:
+        case requests.Timeout() | urllib3.exceptions.ConnectTimeoutError():
+            return Timeout(f"the server did not answer in time ({reason})")
+        case urllib3.exceptions.ReadTimeoutError() | TimeoutError():
+            return StalledTransfer("the bytes stopped, or came too slowly")
+        case requests.exceptions.SSLError():
+            return ConnectionFailed(f"no secure connection: {reason}")
+        case requests.exceptions.ProxyError():
+            return ConnectionFailed(f"the proxy refused: {reason}")
+        case requests.exceptions.InvalidProxyURL() | requests.exceptions.InvalidSchema():
+            return ConfigurationError("the proxy cannot be used: see CdnEndpoint.proxies, HTTP_PROXY and HTTPS_PROXY")
+        case requests.exceptions.InvalidURL():
+            return InvalidUrl("not a URL that can be asked for: check the endpoint, and the proxy if there is one")
+        case requests.exceptions.InvalidHeader():
+            return ProtocolError("the answer has a header that contradicts itself")
+        case requests.ConnectionError() if _is_gibberish(cause):
+            return ProtocolError(f"the answer is not HTTP: {reason}")
+        case requests.ConnectionError():
+            unreached = isinstance(_root(error), urllib3.exceptions.NewConnectionError)
+            return ConnectionFailed(reason, established=not unreached)
+        case _:
+            return ConnectionFailed(f"the connection was cut: {reason}", established=True)
+
+
+def _is_gibberish(cause: BaseException | None) -> bool:
+    return isinstance(cause, http.client.HTTPException) and not isinstance(cause, OSError)
+
+
+def _root(error: BaseException) -> object:
+    inner = error.args[0] if error.args else None
+    return getattr(inner, "reason", inner)
+
+
+def _beneath(error: BaseException, outside: BaseException | None) -> BaseException | None:
+    """What the system said, under the libraries' layers; None if it was a library that refused.
+
+    ``outside``: what was being handled when the work began, which is no part of it.
+    """
+    while (inner := error.__cause__ or (not error.__suppress_context__ and error.__context__)) and inner is not outside:
+        error = inner
+    is_foreign = isinstance(error, requests.RequestException | urllib3.exceptions.HTTPError)
+    return None if is_foreign else error
+
+
+def _reason(error: BaseException) -> str:
+    """A few words on what went wrong, without the URL that the libraries' own would repeat."""
+    if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+        return error.strerror or str(error) or type(error).__name__
+    if isinstance(error, http.client.HTTPException) and not isinstance(error, http.client.IncompleteRead):
+        return f"{type(error).__name__} {str(error)[:60]!r}"
+    return type(error).__name__
