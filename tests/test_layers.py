@@ -24,7 +24,8 @@ HOUSE = "holotensor_net"
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "values", "config"),
     1: (
-        *("transport/retry", "transport/guards", "transport/sockets", "transport/translation"),
+        *("transport/retry", "transport/guards", "transport/sockets"),
+        *("transport/transfer", "transport/translation"),
         *("storage/blobs", "storage/memory", "storage/freshness"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
         *("engine/alarms",),
@@ -48,6 +49,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
 # Within one floor, a room may import those that stand on a lower step of the same stair.
 STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("values", "config")),
+    (("transport/guards",), ("transport/transfer",)),
     (
         ("formats/strict_json", "formats/dtypes"),
         ("formats/tensors",),

@@ -16,8 +16,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -33,26 +32,18 @@ from ..errors import (
     HttpError,
     InvalidUrl,
     NetworkError,
-    ObjectChanged,
     ProtocolError,
-    RangeNotSupported,
     Timeout,
     redact_url,
 )
-from ..values import HeadInfo, RangeRequest, Validator
+from ..values import HeadInfo, RangeRequest
 from . import guards
 from .retry import Patience, retrying
 from .sockets import LiveSockets, pool_classes
+from .transfer import Answer, Ask, OpenSink, Transfer, Write
 from .translation import translated
 
 __all__ = ["Answer", "Ask", "HttpClient", "OpenSink", "Write"]
-
-Write: TypeAlias = Callable[[int, memoryview], None]
-"""Takes bytes at an absolute offset of the object."""
-
-OpenSink: TypeAlias = Callable[[HeadInfo, RangeRequest | None], Write]
-"""Called once, when an answer has passed the guards: what it told, and which bytes come (None: an unknown number from
-0)."""
 
 _BLOCK = 256 * 1024
 _DRAIN = 64 * 1024
@@ -75,65 +66,6 @@ _TRAVELS = frozenset(
         "user-agent",
     )
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What to transfer: a range of an object, or all of it in one plain GET (``byte_range`` None).
-
-    ``size``: the object's, where a plan knows it. ``pinned``: the version that it must be of. ``held``: the version
-    that the caller has already; a 304 then ends the transfer. ``allow_short``: the object may end first.
-    ``or_whole``: the caller wants the whole object in the end, so an answer that holds all of it is welcome.
-    """
-
-    path: str
-    byte_range: RangeRequest | None = None
-    size: int | None = None
-    pinned: Validator | None = None
-    held: Validator | None = None
-    allow_short: bool = False
-    or_whole: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """How a transfer ended: what was told of the object, which bytes came (None with a 304), in how many requests."""
-
-    head: HeadInfo
-    byte_range: RangeRequest | None
-    not_modified: bool
-    requests: int
-
-
-@dataclass(slots=True)
-class _Transfer:
-    """How far one transfer has come: bytes up to ``position`` are written. ``version`` is a strong validator."""
-
-    ask: Ask
-    position: int
-    stop: int | None
-    version: Validator | None
-    size: int | None
-    head: HeadInfo | None = None
-    write: Write | None = None
-    requests: int = 0
-    done: bool = False
-    not_modified: bool = False
-
-    @property
-    def start(self) -> int:
-        return self.ask.byte_range.start if self.ask.byte_range is not None else 0
-
-    def missing(self) -> RangeRequest | None:
-        """The range to ask for next, None for a plain GET: of an object that is empty, there is no range."""
-        if self.ask.byte_range is None or self.stop is None or self.stop == self.position:
-            return None
-        return RangeRequest(self.position, self.stop)
-
-    def held(self) -> Validator | None:
-        """The validator to offer with the next request, None where a 304 would be no answer."""
-        may_be_confirmed = self.version is None and self.head is None
-        return self.ask.held if self.ask.held and may_be_confirmed else None
 
 
 class HttpClient:
@@ -266,7 +198,7 @@ class HttpClient:
         patience = patience or self._patience()
         known = ask.pinned if ask.pinned is not None and ask.pinned.is_strong else None
         wanted = ask.byte_range
-        state = _Transfer(ask, wanted.start if wanted else 0, wanted.stop if wanted else ask.size, known, ask.size)
+        state = Transfer(ask, wanted.start if wanted else 0, wanted.stop if wanted else ask.size, known, ask.size)
 
         def attempt() -> None:
             for _ in range(_MOST_CONTINUATIONS):
@@ -292,7 +224,7 @@ class HttpClient:
 
     def _ask_once(
         self,
-        state: _Transfer,
+        state: Transfer,
         open_sink: OpenSink,
         patience: Patience,
         on_bytes: Callable[[int], None],
@@ -301,11 +233,11 @@ class HttpClient:
         if state.version is None or state.position == state.stop:
             # Nothing proves that what follows belongs to what came; or all came, and its end was wrong.
             state.position = state.start
-        headers = self._conditions(state)
+        headers = state.conditions()
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
         state.requests += 1
         with self._answer("GET", state.ask.path, headers, patience) as (response, said):
-            length = self._judge(state, response.status_code, said, compressed)
+            length = state.judge(response.status_code, said, self._wall(), compressed=compressed)
             if state.done:
                 return
             assert state.head is not None
@@ -316,127 +248,10 @@ class HttpClient:
                 state.write = open_sink(state.head, coming)
             self._move(response, state, length, patience, on_bytes)
 
-    def _conditions(self, state: _Transfer) -> dict[str, str]:
-        """The conditional and Range headers of the next request."""
-        headers: dict[str, str] = {}
-        wanted = state.missing()
-        if wanted is not None:
-            headers["Range"] = wanted.header_value
-        version, held = state.version, state.held()
-        if version is not None:
-            name, value = ("If-Match", version.etag) if version.etag else ("If-Unmodified-Since", version.last_modified)
-            headers[name] = value or ""
-        elif held is not None:
-            name, value = ("If-None-Match", held.etag) if held.etag else ("If-Modified-Since", held.last_modified)
-            headers[name] = value or ""
-        return headers
-
-    def _judge(self, state: _Transfer, status: int, headers: Mapping[str, str], compressed: bool) -> int | None:
-        """Pass an answer through the guards: how many bytes of its body belong to us, None for all, however many.
-
-        Sets ``state.done`` where no body is to be read.
-        """
-        length: int | None
-        if status == 206:
-            length = self._judge_part(state, headers)
-        elif status == 200:
-            length = self._judge_whole(state, headers, compressed)
-        elif status == 304:
-            self._judge_not_modified(state, headers)
-            return 0
-        elif status == 412 and state.version is not None:
-            raise ObjectChanged("the object was replaced: it is no longer the version that was begun")
-        elif status == 416 and state.missing() is not None:
-            self._judge_unsatisfied(state, headers)
-            return 0
-        else:
-            raise guards.error_of_status(status, headers, self._wall())
-        assert state.head is not None
-        if state.version is not None:
-            guards.check_same_version(state.version, state.head.validator)
-        elif state.head.validator.is_strong:
-            state.version = state.head.validator
-        return length
-
-    def _judge_part(self, state: _Transfer, headers: Mapping[str, str]) -> int:
-        wanted = state.missing()
-        said = guards.content_range(headers)
-        if wanted is None:
-            raise ProtocolError("a part was sent where the whole was asked for")
-        guards.check_content_range(said, wanted, state.size)
-        guards.check_framing(headers, said.byte_range.length)
-        guards.check_encoding(headers)
-        state.size = said.total if said.total is not None else state.size
-        state.head = guards.head_info(headers, state.size, ranges=True)
-        self._end_at(state, state.size)
-        return said.byte_range.length
-
-    def _judge_whole(self, state: _Transfer, headers: Mapping[str, str], compressed: bool) -> int | None:
-        length = guards.content_length(headers)
-        if not compressed:
-            guards.check_encoding(headers)
-        guards.check_framing(headers, length)
-        if state.ask.byte_range is not None:
-            fits = length is not None and state.stop is not None and length <= state.stop
-            if state.start != 0 or not (fits or state.ask.or_whole):
-                raise RangeNotSupported(
-                    "the server answered a range with the whole object; set supports_range=False on its CdnEndpoint to"
-                    " download whole objects from it"
-                )
-            state.position = 0
-        if length is None and "transfer-encoding" not in headers and state.size is None:
-            raise ProtocolError("the server did not say how long the body is, so its end cannot be told from a cut")
-        if length is not None and state.size is not None and length != state.size and not compressed:
-            raise ObjectChanged(f"the object has {length} bytes now, not {state.size}")
-        state.position = 0
-        if length is not None and not compressed:
-            state.size = length
-        state.head = guards.head_info(headers, length, ranges=False)
-        if state.ask.byte_range is not None and state.ask.or_whole:
-            state.stop = length
-        else:
-            self._end_at(state, length)
-        return length if length is not None else state.size
-
-    def _judge_not_modified(self, state: _Transfer, headers: Mapping[str, str]) -> None:
-        held, said = state.held(), guards.validator_of(headers)
-        if held is None:
-            raise ProtocolError("the server answered 304 to a question that nobody asked")
-        if (
-            said.etag is not None
-            and held.etag is not None
-            and said.etag.removeprefix("W/") != held.etag.removeprefix("W/")
-        ):
-            raise ProtocolError("the server answered 304 for another version than ours")
-        state.head = guards.head_info(headers, state.size, ranges=True)
-        state.done = state.not_modified = True
-
-    def _judge_unsatisfied(self, state: _Transfer, headers: Mapping[str, str]) -> None:
-        """A 416 is an answer only where nothing was left to send: an empty object, or one that ends where we begin."""
-        size = guards.unsatisfied_size(headers)
-        if size is not None and state.size is not None and size != state.size:
-            raise ObjectChanged(f"the object has {size} bytes now, not {state.size}")
-        may_end = state.ask.allow_short or (state.ask.or_whole and size == 0)
-        if size is None or size > state.position or not may_end:
-            told = "" if size is None else f": it says that the object has {size} bytes"
-            raise HttpError(416, f"the server refuses the range{told}")
-        state.head = guards.head_info(headers, size, ranges=True)
-        state.stop = state.position
-        state.done = True
-
-    @staticmethod
-    def _end_at(state: _Transfer, size: int | None) -> None:
-        """Take note that the object ends before the range asked for does, where the caller allows that."""
-        if size is None or state.stop is None or size >= state.stop:
-            return
-        if not (state.ask.allow_short or state.ask.or_whole):
-            raise HttpError(416, f"the object has {size} bytes and ends before the range asked for")
-        state.stop = size
-
     def _move(
         self,
         response: requests.Response,
-        state: _Transfer,
+        state: Transfer,
         length: int | None,
         patience: Patience,
         on_bytes: Callable[[int], None],

@@ -23,10 +23,10 @@ from hostile.fault_origin import Addresses, origin_process
 from hostile.faults import BY_NAME, Fault
 from hostile.runner import run, some
 
-from holotensor_net.transport import client, guards, retry, sockets
+from holotensor_net.transport import client, guards, retry, sockets, transfer
 from holotensor_net.values import Validator
 
-ROOMS = (guards, client, sockets)
+ROOMS = (guards, transfer, client, sockets)
 
 AT_ONCE = 12
 """Transfers of a row that are made to see whether it notices."""
@@ -182,8 +182,8 @@ CAUGHT_BY = {
     "HttpClient.head  raise": "33-status-404",
     "keeps sending less": "34-one-byte-at-a-time",
     "of a version it does": "4-half-of-no-version",
-    "_judge  raise ObjectChanged": "18-replaced",
-    "_judge  raise guards.error_of_status": "26-204",
+    "Transfer.judge  raise ObjectChanged": "18-replaced",
+    "Transfer.judge  raise guards.error_of_status": "26-204",
     "_judge_part": "26-part-for-a-whole",
     "how long the body is": "9-whole-without-end",
     "_judge_whole  raise ObjectChanged": "18-longer-when-asked-again",
