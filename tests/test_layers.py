@@ -25,7 +25,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "values", "config"),
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
-        *("transport/transfer", "transport/translation"),
+        *("transport/transfer", "transport/digests", "transport/translation"),
         *("storage/blobs", "storage/memory", "storage/freshness"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
         *("engine/alarms",),
@@ -49,7 +49,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
 # Within one floor, a room may import those that stand on a lower step of the same stair.
 STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("values", "config")),
-    (("transport/guards",), ("transport/transfer",)),
+    (("transport/guards", "transport/digests"), ("transport/transfer",)),
     (
         ("formats/strict_json", "formats/dtypes"),
         ("formats/tensors",),

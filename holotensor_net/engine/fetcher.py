@@ -36,6 +36,7 @@ from ..errors import (
 )
 from ..storage.memory import MemoryPart
 from ..transport.client import Answer, Ask, HttpClient, Write
+from ..transport.digests import check_digests
 from ..transport.guards import check_checksum
 from ..transport.retry import Patience
 from ..values import (
@@ -473,6 +474,7 @@ class Fetcher:
         load, attempt, came = share.load, share.attempt, answer.byte_range
         if came is None:
             return True
+        attempt.digests |= answer.unproved
         if attempt.wanted is None:  # nothing had to be written: there is nothing where the range begins
             attempt.head, attempt.wanted = answer.head, came
             return True
@@ -547,6 +549,8 @@ class Fetcher:
             raise ObjectChanged(f"the fragment has {len(data)} bytes, not the {request.expected_size} expected")
         if request.checksum is not None:
             check_checksum(data, request.checksum)
+        if request.byte_range is None:
+            check_digests(data, attempt.digests)
         if head.size is None and request.byte_range is None:
             head = replace(head, size=len(data))
         kept = self._cache.keep(request, endpoint, head, wanted, destination)

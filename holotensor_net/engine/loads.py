@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ..errors import NetworkError
+from ..transport.digests import Digest
 from ..values import HeadInfo, LoadRequest, LoadResult, RangeRequest, Validator
 from .priority import PrioritizedFragment
 from .request_cache import Destination, Found
@@ -20,13 +21,15 @@ __all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Waiter"]
 @dataclass(slots=True, eq=False)
 class Attempt:
     """One go at a load: all that must be of one version of the object. ``wanted`` is known once an answer has come,
-    ``missing`` counts the bytes of it that have not. ``is_open_ended``: the destination grows, as nobody knew how long
-    the object is. ``in_flight`` counts those who may be at the destination."""
+    ``missing`` counts the bytes of it that have not. ``digests`` of the whole object are to be checked at the end.
+    ``is_open_ended``: the destination grows, as nobody knew how long the object is. ``in_flight`` counts those who may
+    be at the destination."""
 
     endpoint: int | None = None
     head: HeadInfo | None = None
     wanted: RangeRequest | None = None
     missing: int = 0
+    digests: frozenset[Digest] = frozenset()
     destination: Destination | None = None
     is_open_ended: bool = False
     in_flight: int = 0

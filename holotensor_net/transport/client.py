@@ -38,6 +38,7 @@ from ..errors import (
 )
 from ..values import HeadInfo, RangeRequest
 from . import guards
+from .digests import LINKED, check_digests
 from .retry import Patience, retrying
 from .sockets import LiveSockets, pool_classes
 from .transfer import Answer, Ask, OpenSink, Transfer, Write
@@ -146,7 +147,9 @@ class HttpClient:
         assert answer.byte_range is not None
         del body[answer.byte_range.stop :]
         with self._told_where(path, None):
-            return _decoded(bytes(body), answer.head.headers.get("content-encoding", "identity"), most)
+            data = _decoded(bytes(body), answer.head.headers.get("content-encoding", "identity"), most)
+            check_digests(data, answer.unproved)
+        return data
 
     def fetch_range(self, path: str, byte_range: RangeRequest | tuple[int, int]) -> bytes:
         """Exactly these bytes of the object. Raises NetworkError; ProtocolError if the object ends before."""
@@ -218,7 +221,7 @@ class HttpClient:
             retrying(self.config.retry, patience, on_retry=on_retry)(attempt)
         assert state.head is not None
         delivered = None if state.not_modified else RangeRequest(state.start, state.position)
-        return Answer(state.head, delivered, state.not_modified, state.requests)
+        return Answer(state.head, delivered, state.not_modified, state.requests, state.unproved)
 
     # -- one request, one answer
 
@@ -230,9 +233,7 @@ class HttpClient:
         on_bytes: Callable[[int], None],
         compressed: bool,
     ) -> None:
-        if state.version is None or state.position == state.stop:
-            # Nothing proves that what follows belongs to what came; or all came, and its end was wrong.
-            state.position = state.start
+        state.resume()
         headers = state.conditions()
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
         state.requests += 1
@@ -246,6 +247,7 @@ class HttpClient:
                     None if length is None else RangeRequest(state.start, max(state.position + length, state.stop or 0))
                 )
                 state.write = open_sink(state.head, coming)
+            state.expect(said, length)
             self._move(response, state, length, patience, on_bytes)
 
     def _move(
@@ -257,16 +259,14 @@ class HttpClient:
         on_bytes: Callable[[int], None],
     ) -> None:
         """Write the body to its place; its end is what was announced, no byte more or less."""
-        raw, write, left = response.raw, state.write, length
-        assert write is not None
+        raw, left = response.raw, length
         while left is None or left > 0:
             block = raw.read1(_BLOCK if left is None else min(left, _BLOCK))
             if not block:
                 break
             if left is not None and len(block) > left:
                 raise ProtocolError("the server sent more than it announced")
-            write(state.position, memoryview(block))
-            state.position += len(block)
+            state.advance(memoryview(block))
             left = None if left is None else left - len(block)
             on_bytes(len(block))
             patience.check()
@@ -275,9 +275,7 @@ class HttpClient:
             raise ConnectionFailed("the connection was cut in the middle of the body", established=True)
         if raw.read1(1) or _said(response).has_excess:
             raise ProtocolError("the server sent more than it announced")
-        if left is None:
-            state.stop = state.position
-        state.done = state.stop is None or state.position >= state.stop
+        state.end(is_all=left is None)
 
     # -- connections, redirects, credentials
 
@@ -297,9 +295,11 @@ class HttpClient:
         try:
             own = self._own_headers(headers)
             with translated():
-                response = self._follow(method, url, own, patience)
+                response, linked = self._follow(method, url, own, patience)
                 try:
-                    yield response, {name.lower(): value.strip(" \t") for name, value in response.headers.items()}
+                    said = {name.lower(): value.strip(" \t") for name, value in response.headers.items()}
+                    said.pop(LINKED, None)  # of whoever answered in the end
+                    yield response, said | ({LINKED: linked} if linked else {})
                     self._drain(response, patience)
                 except HttpError:
                     self._drain(response, patience)
@@ -317,13 +317,18 @@ class HttpClient:
             raise Cancelled("the client is closed: make a new one")
         patience.check()
 
-    def _follow(self, method: str, url: str, own: Mapping[str, str], patience: Patience) -> requests.Response:
-        """The first answer that is no redirect; its head has both timeouts together to come, however it drips."""
+    def _follow(
+        self, method: str, url: str, own: Mapping[str, str], patience: Patience
+    ) -> tuple[requests.Response, str | None]:
+        """The first answer that is no redirect, and the tag that our own server linked to it on the way, if any.
+
+        Its head has both timeouts together to come, however it drips.
+        """
         session = self._session()
         timeout = self.config.timeout
         headed_by = self._clock() + self.config.connect_timeout + timeout
         request = _prepared(method, url, own)
-        home = _origin_of(request.url)
+        home, linked = _origin_of(request.url), None
         for _ in range(self.config.max_redirects + 1):
             url = request.url or ""
             self._sockets.wait_at_most(lambda: min(headed_by - self._clock(), patience.remaining(timeout)))
@@ -340,7 +345,9 @@ class HttpClient:
             location = response.headers.get("location")
             if response.status_code not in _REDIRECTS or location is None:
                 self._sockets.wait_at_most(lambda: patience.remaining(timeout))
-                return response
+                return response, linked
+            if _origin_of(url) == home:
+                linked = response.headers.get(LINKED, linked)
             try:
                 target = _hop(url, location)
                 self._drain(response, patience)

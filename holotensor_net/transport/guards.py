@@ -33,6 +33,7 @@ __all__ = [
     "content_range",
     "error_of_status",
     "head_info",
+    "is_encoded",
     "retry_after",
     "unsatisfied_size",
     "validator_of",
@@ -116,9 +117,13 @@ def check_framing(headers: Headers, length: int | None) -> None:
 
 def check_encoding(headers: Headers) -> None:
     """Refuse compression that was not asked for: a slice of a compressed body decodes to nonsense without an error."""
-    coding = headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):
-        raise ProtocolError(f"Content-Encoding {coding[:30]!r} was not asked for")
+    if is_encoded(headers):
+        raise ProtocolError(f"Content-Encoding {headers['content-encoding'][:30]!r} was not asked for")
+
+
+def is_encoded(headers: Headers) -> bool:
+    """Whether the bytes of an answer are a compressed form of the object's."""
+    return headers.get("content-encoding", "").strip().lower() not in ("", "identity")
 
 
 def validator_of(headers: Headers) -> Validator:

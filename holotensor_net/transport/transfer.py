@@ -6,12 +6,13 @@ A transfer resumes where its counted bytes end, as long as a strong validator pr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ..errors import HttpError, ObjectChanged, ProtocolError, RangeNotSupported
+from ..errors import ChecksumMismatch, HttpError, ObjectChanged, ProtocolError, RangeNotSupported
 from ..values import HeadInfo, RangeRequest, Validator
 from . import guards
+from .digests import LINKED, Claim, Digest, announced, linked
 
 __all__ = ["Answer", "Ask", "OpenSink", "Transfer", "Write"]
 
@@ -43,17 +44,23 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a transfer ended: what was told of the object, which bytes came (None with a 304), in how many requests."""
+    """How a transfer ended: what was told of the object, which bytes came (None with a 304), in how many requests.
+
+    ``unproved``: digests of the whole object, as it is stored, that were announced and not held against the bytes, as
+    not all of them came, or not in order.
+    """
 
     head: HeadInfo
     byte_range: RangeRequest | None
     not_modified: bool
     requests: int
+    unproved: frozenset[Digest] = frozenset()
 
 
 @dataclass(slots=True)
 class Transfer:
-    """How far one transfer has come: bytes up to ``position`` are written. ``version`` is a strong validator."""
+    """How far one transfer has come: bytes up to ``position`` are written. ``version`` is a strong validator;
+    ``claims`` are what the answers said of the bytes that are under way."""
 
     ask: Ask
     position: int
@@ -65,6 +72,8 @@ class Transfer:
     requests: int = 0
     done: bool = False
     not_modified: bool = False
+    claims: list[Claim] = field(default_factory=list)
+    unproved: frozenset[Digest] = frozenset()
 
     @property
     def start(self) -> int:
@@ -81,6 +90,17 @@ class Transfer:
         may_be_confirmed = self.version is None and self.head is None
         return self.ask.held if self.ask.held and may_be_confirmed else None
 
+    def resume(self) -> None:
+        """Go on where the bytes end, or begin anew."""
+        if self.version is None or self.position == self.stop:
+            # Nothing proves that what follows belongs to what came; or all came, and its end was wrong.
+            self._rewind(self.start)
+            self.unproved = frozenset()
+
+    def _rewind(self, position: int) -> None:
+        self.position = position
+        self.claims.clear()
+
     def conditions(self) -> dict[str, str]:
         """The conditional and Range headers of the next request."""
         headers: dict[str, str] = {}
@@ -95,6 +115,48 @@ class Transfer:
             name, value = ("If-None-Match", held.etag) if held.etag else ("If-Modified-Since", held.last_modified)
             headers[name] = value or ""
         return headers
+
+    def expect(self, headers: Mapping[str, str], length: int | None) -> None:
+        """Hold the body that is to come, ``length`` bytes if that is known, against the digests that its head names."""
+        stop = None if length is None else self.position + length
+        if own := announced(headers.get("content-digest")):
+            self.claims.append(Claim(self.position, stop, own))
+        stored = linked(headers.get(LINKED))
+        whole = announced(headers.get("repr-digest"))  # of the bytes as they come, compressed or not (RFC 9530 §3)
+        if not guards.is_encoded(headers):
+            whole, stored = whole | stored, frozenset()
+        whole -= {digest for claim in self.claims for digest in whole if claim.start == 0 and digest in claim}
+        if whole and self.position == 0 and (self.ask.byte_range is None or self.stop == self.size):
+            self.claims.append(Claim(0, self.stop, whole))
+            whole = frozenset()
+        self.unproved |= whole | stored
+
+    def advance(self, block: memoryview) -> None:
+        """The next bytes: to their place. Raises ChecksumMismatch if they complete what has another digest."""
+        assert self.write is not None
+        self.write(self.position, block)
+        self.position += len(block)
+        for claim in self.claims:
+            claim.feed(block)
+        self._settle(lambda claim: claim.stop == self.position)
+
+    def end(self, *, is_all: bool) -> None:
+        """A body is there to its end. ``is_all``: of an object that nobody knew the length of."""
+        if is_all:
+            self.stop = self.position
+        self._settle(lambda claim: claim.stop is None or claim.stop == self.position)
+        self.done = self.stop is None or self.position >= self.stop
+
+    def _settle(self, is_due: Callable[[Claim], bool]) -> None:
+        """Check what can be. What is wrong is not kept, nor what came under the same promise before it."""
+        due = [claim for claim in self.claims if is_due(claim)]
+        try:
+            for claim in due:
+                claim.check()
+        except ChecksumMismatch:
+            self._rewind(min(claim.start for claim in self.claims))
+            raise
+        self.claims = [claim for claim in self.claims if claim not in due]
 
     def judge(self, status: int, headers: Mapping[str, str], now: float, *, compressed: bool) -> int | None:
         """Pass an answer through the guards: how many bytes of its body belong to us, None for all, however many.
@@ -148,12 +210,11 @@ class Transfer:
                     "the server answered a range with the whole object; set supports_range=False on its CdnEndpoint to"
                     " download whole objects from it"
                 )
-            self.position = 0
         if length is None and "transfer-encoding" not in headers and self.size is None:
             raise ProtocolError("the server did not say how long the body is, so its end cannot be told from a cut")
         if length is not None and self.size is not None and length != self.size and not compressed:
             raise ObjectChanged(f"the object has {length} bytes now, not {self.size}")
-        self.position = 0
+        self._rewind(0)
         if length is not None and not compressed:
             self.size = length
         self.head = guards.head_info(headers, length, ranges=False)

@@ -628,14 +628,12 @@ row(
     checksum=True,
 )
 
-_DIGESTS = "no Content-Digest or Repr-Digest is checked yet"
 row(
     17,
     "body-against-content-digest",
     lambda a: a.reply(flipped(a.body, a.hit), content_digest=digest(a.body)) if a.length else None,
     ends("ChecksumMismatch", "ProtocolError"),
     shapes=(*ENGINE, *CLIENT),
-    pending=_DIGESTS,
 )
 row(
     17,
@@ -643,14 +641,12 @@ row(
     lambda a: a.reply(flipped(a.body, a.hit), repr_digest=digest(a.body)) if a.length else None,
     ends("ChecksumMismatch", "ProtocolError"),
     shapes=("plain", "client-plain"),
-    pending=_DIGESTS,
 )
 row(
     17,
     "sha-512",
     lambda a: a.reply(flipped(a.body, a.hit), content_digest=digest(a.body, "sha-512")) if a.length else None,
     ends("ChecksumMismatch", "ProtocolError"),
-    pending=_DIGESTS,
 )
 row(17, "right-content-digest", lambda a: a.reply(content_digest=digest(a.body)))
 row(17, "repr-digest-with-a-part", lambda a: a.reply(repr_digest=digest(a.case.content())), shapes=PARTS)
@@ -671,7 +667,6 @@ row(
     ends("ChecksumMismatch", "ProtocolError"),
     shapes=("whole", "plain"),
     sizes=SIZES[1:],
-    pending="the Hub's X-Linked-Etag is not checked yet",
 )
 
 # -- 18–26: which version it is

@@ -23,10 +23,11 @@ from hostile.fault_origin import Addresses, origin_process
 from hostile.faults import BY_NAME, Fault
 from hostile.runner import run, some
 
-from holotensor_net.transport import client, guards, retry, sockets, transfer
+from holotensor_net.engine import fetcher
+from holotensor_net.transport import client, digests, guards, retry, sockets, transfer
 from holotensor_net.values import Validator
 
-ROOMS = (guards, transfer, client, sockets)
+ROOMS = (guards, digests, transfer, client, sockets)
 
 AT_ONCE = 12
 """Transfers of a row that are made to see whether it notices."""
@@ -152,6 +153,9 @@ def judgements() -> Iterator[Mutant]:
     yield _patched(guards, "_is_old_enough", lambda *_: True)
     yield _patched(guards, "validator_of", _every_validator_is_strong)
     yield _patched(guards, "retry_after", lambda *_: None)
+    yield _patched(transfer, "announced", lambda _: frozenset())
+    yield _patched(transfer, "linked", lambda _: frozenset())
+    yield _patched(fetcher, "check_digests", lambda *_: None)
     yield _patched(client, "_TRAVELS", _All())
     yield _patched(client, "_MOST_CONTINUATIONS", 1 << 40)
     yield _patched(client, "_DRAIN", 1 << 60)
@@ -159,7 +163,7 @@ def judgements() -> Iterator[Mutant]:
     yield _patched(sockets, "SLOWEST", 0.0)
     yield _patched(retry._StopBeforeDeadline, "__call__", lambda *_: False)
     yield _patched(retry, "_worth_retrying", lambda error: True)
-    yield _changed(client, "HttpClient._ask_once", "resumes what has no version", ("state.version is None or ", ""))
+    yield _changed(transfer, "Transfer.resume", "resumes what has no version", ("self.version is None or ", ""))
     yield _changed(client, "HttpClient._follow", "a head may drip for ever", ("headed_by - self._clock()", "1e6"))
 
 
@@ -177,7 +181,12 @@ CAUGHT_BY = {
     "the answer announces": "9-length-less-than-part",
     "check_encoding": "14-said-to-be-gzip",
     "check_same_version": "19-if-match-ignored",
-    "check_checksum": "16-bit-flip",
+    "guards.check_checksum": "16-bit-flip",
+    "digests.Digest.check": "17-sha-512",
+    "raise ValueError('no dictionary')": "17-unknown-digest",
+    "transfer.announced": "17-whole-against-repr-digest",
+    "transfer.linked": "17-linked-etag",
+    "fetcher.check_digests": "17-linked-etag",
     "HttpClient.fetch  raise _too_large": "29-endless-200",
     "HttpClient.head  raise": "33-status-404",
     "keeps sending less": "34-one-byte-at-a-time",
@@ -228,6 +237,7 @@ CAUGHT_BY = {
 """Words of a mutant's name → the row that notices it."""
 
 EXCUSED = {
+    "raise ValueError('no comma')": "what is no comma is no member either, and so refused as that",
     "HTTP cannot ask for an empty range": "a caller's mistake, no answer",
     "no connection came free": "a caller's threads, no answer",
     "sent more than it announced": "as chunks say how long they are, nothing gives more than it is asked for",

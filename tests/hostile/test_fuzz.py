@@ -7,6 +7,7 @@ Every case is drawn from its own seed, which a failure names.
 
 from __future__ import annotations
 
+import base64
 import itertools
 import logging
 import math
@@ -30,11 +31,12 @@ from holotensor_net.engine.loader import NetworkLoader
 from holotensor_net.errors import InvalidUrl, NetworkError, ObjectChanged, ProtocolError
 from holotensor_net.transport import guards
 from holotensor_net.transport.client import HttpClient, _hop
+from holotensor_net.transport.digests import announced
 from holotensor_net.values import LoadRequest, RangeRequest
 
 MIB = 1 << 20
 SHARE = 100  # of the slow run in the ordinary one
-VALUES = 1_000_000 // 5  # for each header
+VALUES = 1_000_000 // 6  # for each header
 ANSWERS = 100_000
 
 runs = pytest.mark.parametrize(
@@ -142,6 +144,23 @@ def check_etag(value: str) -> None:
         assert value == pinned == '"abc"'
 
 
+def digests_in(draw: random.Random) -> str:
+    known = [f"{name}=:{base64.b64encode(draw.randbytes(size)).decode()}:" for name, size in SHA.items()]
+    return spoilt(
+        draw, [*known, ", ".join(known), f'md5=:AAAA:, x="a,b";q=1, {known[0]}', f"a=(1 :AA==: b), {known[1]}"]
+    )
+
+
+SHA = {"sha-256": 32, "sha-512": 64}
+
+
+def check_digest(value: str) -> None:
+    for digest in announced(value):
+        assert digest.algorithm in ("sha256", "sha512")
+        coded = base64.b64encode(digest.value).decode().rstrip("=")
+        assert coded[:-1] in value, "nothing but what was announced"
+
+
 def locations(draw: random.Random) -> str:
     host = draw.choice(("cdn.example", "127.0.0.1:8080", "[::1]:80", "user:pw@cdn.example", "xn--bcher-kva.example"))
     return spoilt(
@@ -178,6 +197,7 @@ def check_location(value: str) -> None:
         pytest.param(lengths, check_length, id="Content-Length"),
         pytest.param(retry_afters, check_retry_after, id="Retry-After"),
         pytest.param(etags, check_etag, id="ETag"),
+        pytest.param(digests_in, check_digest, id="Content-Digest"),
         pytest.param(locations, check_location, id="Location"),
     ],
 )

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import base64
 import contextlib
 import gc
 import gzip
+import hashlib
 import itertools
 import logging
 import os
@@ -28,6 +30,7 @@ from holotensor_net.config import CdnEndpoint, ClientConfig, NetworkConfig, Retr
 from holotensor_net.errors import (
     CacheError,
     Cancelled,
+    ChecksumMismatch,
     ConfigurationError,
     ConnectionFailed,
     DeadlineExceeded,
@@ -44,6 +47,7 @@ from holotensor_net.errors import (
     Timeout,
 )
 from holotensor_net.transport.client import Answer, Ask, HttpClient, Write, _hop
+from holotensor_net.transport.digests import Digest
 from holotensor_net.transport.retry import Patience
 from holotensor_net.transport.sockets import LiveSockets
 from holotensor_net.values import HeadInfo, RangeRequest, Validator
@@ -783,6 +787,136 @@ def test_a_body_after_head_is_not_taken_for_the_next_answer(client: Open) -> Non
 def test_the_size_may_be_unknown(client: Open) -> None:
     with Wire(answer(content_length=None, transfer_encoding="chunked")) as wire:
         assert client(wire).head("a").size is None
+
+
+# -- digests that the server announces
+
+
+def digest_of(data: bytes, algorithm: str = "sha-256") -> str:
+    made = hashlib.new(algorithm.replace("-", ""), data).digest()
+    return f"{algorithm}=:{base64.b64encode(made).decode()}:"
+
+
+def linked_to(url: str, data: bytes) -> bytes:
+    """A redirect to a file, and the digest that it has."""
+    return answer(status=302, location=url, x_linked_etag=f'"{hashlib.sha256(data).hexdigest()}"')
+
+
+WRONG = DATA[:300] + b"?" + DATA[301:]
+ZIPPED = gzip.compress(DATA)
+
+announce = pytest.mark.parametrize(
+    "field",
+    [
+        pytest.param({"content_digest": digest_of(DATA)}, id="Content-Digest"),
+        pytest.param({"repr_digest": digest_of(DATA)}, id="Repr-Digest"),
+        pytest.param({"content_digest": digest_of(DATA, "sha-512")}, id="sha-512"),
+        pytest.param({"content_digest": digest_of(DATA), "repr_digest": digest_of(DATA, "sha-512")}, id="both"),
+        pytest.param({"repr_digest": f"{digest_of(DATA)}, {digest_of(DATA, 'sha-512')}"}, id="two algorithms"),
+    ],
+)
+
+
+@announce
+@pytest.mark.parametrize("tag", [TAG, f"W/{TAG}", None])
+def test_a_whole_that_is_not_what_was_announced_is_asked_for_again(
+    client: Open, field: dict[str, str], tag: str | None
+) -> None:
+    with Wire(answer(WRONG, etag=tag, **field), answer(DATA, etag=tag, **field)) as wire:
+        assert client(wire, retry=QUICK, compression=False).fetch("a") == DATA
+
+
+@announce
+def test_a_whole_that_stays_wrong_is_not_delivered(client: Open, field: dict[str, str]) -> None:
+    with Wire(chunked(WRONG, **field)) as wire, pytest.raises(ChecksumMismatch, match="checksum mismatch") as caught:
+        client(wire).fetch("a")
+    assert caught.value.expected.startswith("sha")
+    assert caught.value.url == f"{wire.url}/a"
+
+
+def test_a_part_is_held_against_its_own_digest_alone(client: Open) -> None:
+    fields = {"content_digest": digest_of(DATA[100:500]), "repr_digest": digest_of(DATA), "etag": TAG}
+    with Wire(part(WRONG, 100, 500, **fields), part(DATA, 100, 500, **fields)) as wire:
+        assert client(wire, retry=QUICK).fetch_range("a", (100, 500)) == DATA[100:500]
+        assert len(wire.requests) == 2
+
+
+def test_a_part_that_is_all_there_is_is_held_against_the_digest_of_the_whole(client: Open) -> None:
+    with Wire(part(WRONG, 0, len(DATA), repr_digest=digest_of(DATA))) as wire, pytest.raises(ChecksumMismatch):
+        client(wire).fetch_range("a", (0, len(DATA)))
+
+
+def test_a_promise_is_held_across_a_cut(client: Open) -> None:
+    cut = [part(WRONG, 0, len(DATA), etag=TAG, content_digest=digest_of(DATA)).removesuffix(DATA[500:]), END]
+    rest = part(DATA, 500, len(DATA), etag=TAG)
+    with Wire(cut, rest, part(DATA, 0, len(DATA), etag=TAG)) as wire:
+        assert client(wire, retry=QUICK).fetch_range("a", (0, len(DATA))) == DATA
+        assert [asked for asked, _ in ranges(wire)] == ["bytes=0-1023", "bytes=500-1023", "bytes=0-1023"]
+
+
+def test_what_a_part_alone_got_wrong_is_asked_for_alone(client: Open) -> None:
+    first, rest = (digest_of(data) for data in (DATA[:400], DATA[400:]))
+    with Wire(
+        answer(DATA[:400], 206, content_range="bytes 0-399/1024", etag=TAG, content_digest=first),
+        part(DATA[:400] + bytes(624), 400, 1024, etag=TAG, content_digest=rest),
+        part(DATA, 400, 1024, etag=TAG, content_digest=rest),
+    ) as wire:
+        assert client(wire, retry=QUICK).fetch_range("a", (0, 1024)) == DATA
+        assert [asked for asked, _ in ranges(wire)] == ["bytes=0-1023", "bytes=400-1023", "bytes=400-1023"]
+
+
+def test_digests_are_of_the_bytes_as_they_come(client: Open) -> None:
+    fields = {"content_encoding": "gzip", "content_digest": digest_of(ZIPPED), "repr_digest": digest_of(ZIPPED)}
+    with Wire(answer(ZIPPED, **fields), answer(ZIPPED, **(fields | {"repr_digest": digest_of(DATA)}))) as wire:
+        assert client(wire).fetch("a") == DATA
+        with pytest.raises(ChecksumMismatch):
+            client(wire).fetch("a")
+
+
+@pytest.mark.parametrize("body", [b"", DATA])
+def test_digests_that_prove_nothing_are_passed_over(client: Open, body: bytes) -> None:
+    with Wire(answer(body, content_digest="md5=:AAAA:, sha-256=:*:", repr_digest="sha=:AA==:, x-y")) as wire:
+        assert client(wire).fetch("a") == body
+
+
+def test_an_empty_body_has_a_digest_too(client: Open) -> None:
+    right, wrong = digest_of(b""), digest_of(b"x")
+    with Wire(answer(content_digest=right), answer(content_digest=wrong)) as wire:
+        assert client(wire).fetch("a") == b""
+        with pytest.raises(ChecksumMismatch):
+            client(wire).fetch("a")
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=["plain", "gzip"])
+def test_a_file_behind_a_hub_is_held_against_what_the_hub_linked(client: Open, coded: bool) -> None:
+    def stored(data: bytes) -> bytes:
+        return answer(gzip.compress(data), content_encoding="gzip") if coded else answer(data)
+
+    with Wire(stored(DATA), stored(WRONG)) as store:
+        links = [linked_to(f"{store.url}/x", DATA)] * 2
+        with Wire(*links) as hub:
+            assert client(hub).fetch("a") == DATA
+            with pytest.raises(ChecksumMismatch):
+                client(hub).fetch("a")
+
+
+def test_only_our_own_server_links_a_digest(client: Open) -> None:
+    false = {"x_linked_etag": f'"{"0" * 64}"'}
+    with Wire(answer(DATA, **false), answer(DATA, **false)) as store:
+        with (
+            Wire(answer(status=302, location=f"{store.url}/x", **false)) as mirror,
+            Wire(answer(status=302, location=f"{mirror.url}/x")) as hub,
+        ):
+            assert client(hub).fetch("a") == DATA
+        assert client(store).fetch("a") == DATA
+
+
+def test_what_a_transfer_could_not_prove_alone_is_told(client: Open) -> None:
+    sink = Sink()
+    with Wire(part(DATA, 5, 9, repr_digest=digest_of(DATA)), answer(DATA, repr_digest=digest_of(DATA))) as wire:
+        half = client(wire).transfer(Ask("a", RangeRequest(5, 9)), sink)
+        assert half.unproved == {Digest("sha256", hashlib.sha256(DATA).digest())}
+        assert client(wire).transfer(Ask("a"), sink).unproved == set()
 
 
 # -- statuses and Retry-After
