@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Literal, NoReturn, TypeAlias, TypeVar
+from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
 
 from .errors import ConfigurationError, NetworkError, without_query
 
@@ -26,6 +26,7 @@ __all__ = [
     "RangeRequest",
     "Result",
     "Validator",
+    "blake3_hasher",
     "blake3_of",
     "fragment_id_of",
 ]
@@ -229,7 +230,12 @@ def fragment_id_of(data: bytes | bytearray | memoryview) -> str:
 
 def blake3_of(data: bytes | bytearray | memoryview) -> str:
     """The BLAKE3 digest of contiguous bytes, 64 hex digits; on all cores where that pays."""
+    return str(blake3_hasher(data, is_threaded=memoryview(data).nbytes >= _THREADS_PAY_FROM).hexdigest())
+
+
+def blake3_hasher(data: bytes | bytearray | memoryview = b"", *, is_threaded: bool = True) -> Any:
+    """A BLAKE3 hasher that has taken in ``data``, on all cores where that is safe."""
     from blake3 import blake3
 
-    is_threaded = memoryview(data).nbytes >= _THREADS_PAY_FROM and os.getpid() == _BORN_IN
-    return blake3(data, max_threads=blake3.AUTO if is_threaded else 1).hexdigest()
+    is_threaded = is_threaded and os.getpid() == _BORN_IN
+    return blake3(data, max_threads=blake3.AUTO if is_threaded else 1)

@@ -26,7 +26,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
         *("transport/transfer", "transport/digests", "transport/translation"),
-        *("storage/blobs", "storage/memory", "storage/freshness"),
+        *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
         *("engine/alarms",),
         *("formats/strict_json", "formats/dtypes", "formats/tensors"),
@@ -56,6 +56,7 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("formats/bitplane",),
         ("formats/safetensors", "formats/gguf", "formats/holotensor", "formats/manifest"),
     ),
+    (("storage/files",), ("storage/journal",), ("storage/parts",), ("storage/blobs",)),
     (("storage/entries",), ("storage/disk",), ("storage/cache",)),
     (("engine/streaming",), ("engine/loader",)),
     (("engine/request_cache",), ("engine/sinks", "engine/loads"), ("engine/fetcher",)),

@@ -15,9 +15,9 @@ from typing import Protocol
 
 from ..config import CdnEndpoint
 from ..errors import CacheError, redact_url, without_query
-from ..storage.blobs import PartFile
 from ..storage.cache import CacheEntry, FragmentCache
 from ..storage.memory import MemoryPart
+from ..storage.parts import PartFile
 from ..values import HeadInfo, LoadRequest, RangeRequest, Validator
 
 __all__ = ["Destination", "Found", "RequestCache", "contradicts"]

@@ -19,15 +19,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cachetools import LRUCache
 
 from ..config import CacheConfig
 from ..errors import CacheError
-from .blobs import Buffer, PartFile, digest_of, flat
 from .disk import DiskTier
 from .entries import CacheEntry, Held, Usage
+from .files import Buffer, digest_of, flat
 from .freshness import State, is_same_entity
+from .parts import PartFile
 
 __all__ = ["CacheEntry", "CacheStats", "FragmentCache"]
 
@@ -87,23 +89,45 @@ class FragmentCache:
     def put(self, key: str, data: Buffer, entry: CacheEntry | None = None) -> memoryview:
         """Store a copy of the bytes; gives a read-only view of it. A disk that fails is logged; memory has to do."""
         row = flat(data)
-        entry = replace(entry or CacheEntry(key, 0), size=len(row), digest=digest_of(row))
-        with self._tolerant():
-            part = self.create(entry.size)
-            if part is not None:
-                with part:
-                    part.write(0, row)
-                    return self.adopt(key, part, entry)
-        return self._keep(key, entry, memoryview(data if type(data) is bytes else bytes(row)))
+        own = memoryview(data if type(data) is bytes else bytes(row))
+        return self.take(key, own, replace(entry or CacheEntry(key, 0), size=len(row), digest=digest_of(row)))
 
-    def create(self, size: int | None) -> PartFile | None:
+    def take(self, key: str, data: memoryview, entry: CacheEntry) -> memoryview:
+        """:meth:`put` without a copy, of bytes that nobody will change. The caller answers for ``entry.digest``."""
+        if self._disk is not None and entry.digest is None:
+            entry = replace(entry, digest=digest_of(data))
+        return self._keep(key, entry, data.toreadonly(), data)
+
+    def create(
+        self, size: int | None, *, key: str | None = None, note: Mapping[str, Any] | None = None
+    ) -> PartFile | None:
         """A part file for :meth:`adopt`, of ``size`` bytes if that is known; None where the disk does not take part.
 
-        Raises CacheError, or InsufficientDisk if there is no room.
+        With a ``note``, what JSON can say, :meth:`resume` finds it by its ``key`` should it never be finished. Raises
+        CacheError, or InsufficientDisk if there is no room.
         """
         if self._disk is None or (size or 0) > self.config.max_size:
             return None
-        return self._disk.blobs.create(size)
+        subject = "" if key is None else _name_of(key)
+        return self._disk.blobs.create(size, subject=subject, note=note if subject else None)
+
+    def has_part(self, key: str) -> bool:
+        """Whether there may be something to resume."""
+        found = False
+        if self._disk is not None:
+            with self._tolerant():
+                found = self._disk.blobs.has_part(_name_of(key))
+        return found
+
+    def resume(self, key: str) -> tuple[PartFile, Mapping[str, Any]] | None:
+        """The part file of a transfer that was never finished, the caller's from now on, and its note.
+
+        Its first ``settled`` bytes have just been hashed and found right.
+        """
+        if self._disk is not None:
+            with self._tolerant():
+                return self._disk.blobs.resume(_name_of(key))
+        return None
 
     def adopt(self, key: str, part: PartFile, entry: CacheEntry) -> memoryview:
         """Publish a part file that is complete; gives a read-only view of it. The caller answers for ``entry.digest``.
@@ -114,7 +138,7 @@ class FragmentCache:
             if part.size != entry.size:
                 raise CacheError(f"the part file has {part.size} bytes, its entry says {entry.size}: fetch it again")
             view = part.view()
-            return self._keep(key, replace(entry, digest=entry.digest or digest_of(view)), view, part)
+            return self._keep(key, replace(entry, digest=entry.digest or part.digest()), view, part)
 
     def get_entry(self, key: str) -> CacheEntry | None:
         """What is known of a fragment, its latest uses included."""
@@ -248,7 +272,7 @@ class FragmentCache:
                 return held
         return None
 
-    def _keep(self, key: str, entry: CacheEntry, view: memoryview, part: PartFile | None = None) -> memoryview:
+    def _keep(self, key: str, entry: CacheEntry, view: memoryview, data: PartFile | memoryview) -> memoryview:
         """Let both tiers take the bytes, as far as they may and can."""
         name, now = _name_of(key), self._clock()
         received = now if entry.received_at is None else entry.received_at
@@ -259,9 +283,9 @@ class FragmentCache:
             return view
         self._usage.forget(name)
         held = Held(entry, view)
-        if self._disk is not None and part is not None and entry.size <= self.config.max_size:
+        if self._disk is not None and entry.size <= self.config.max_size:
             with self._tolerant():
-                held, dropped = self._disk.adopt(name, part, entry)
+                held, dropped = self._disk.adopt(name, data, entry)
                 self._forget(dropped)
         self._memory.put(name, held)
         return held.view
@@ -324,7 +348,7 @@ class _MemoryTier:
         """Replace what is known of bytes that are held; do nothing if they are not, or are others by now."""
         with self._lock:
             held = self._held.get(name)
-            if held is not None and held.entry.digest == entry.digest:
+            if held is not None and _version(held.entry) == _version(entry):
                 self._held[name] = Held(entry, held.view)
 
     def drop(self, name: str) -> None:
@@ -343,3 +367,8 @@ class _MemoryTier:
 def _name_of(key: str) -> str:
     """A file name for any key: long ones, and such as hold slashes or lone surrogates."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _version(entry: CacheEntry) -> tuple[object, ...]:
+    """What tells the bytes of one entry from those of another that was stored under the same key."""
+    return entry.digest, entry.etag, entry.cached_at

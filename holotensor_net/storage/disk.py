@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CacheError
-from .blobs import BlobStore, PartFile
+from .blobs import BlobStore, is_worth_a_sync
 from .entries import CacheEntry, EntryFiles, Held, Usage
+from .parts import PartFile
 
 __all__ = ["DiskTier", "Ledger"]
 
 _ORPHANED_AFTER = 3600.0  # seconds without a write, for part files of other processes
+_RESUMABLE_FOR = 86400.0  # seconds since a part file that can be resumed was left
 _ENTRY_DUE_WITHIN = 60.0  # seconds from publishing a blob
 
 
@@ -107,6 +109,8 @@ class DiskTier:
         self._clock = clock
         self._ledger = Ledger(self.blobs.digests)
         self._sweeping = threading.Lock()
+        with contextlib.suppress(CacheError):
+            self.sweep()
 
     def entry(self, name: str) -> CacheEntry | None:
         """What is known of bytes that are there; None without them."""
@@ -124,13 +128,11 @@ class DiskTier:
         self.entries.touch(name, self._clock())
         return Held(entry, view)
 
-    def adopt(self, name: str, part: PartFile, entry: CacheEntry) -> tuple[Held, list[str]]:
+    def adopt(self, name: str, data: PartFile | memoryview, entry: CacheEntry) -> tuple[Held, list[str]]:
         """Publish blob and entry, then make room; gives the names of entries that had to go."""
         digest = _digest_in(entry)
-        if not self._ledger.is_counted:
-            self.blobs.sweep(_ORPHANED_AFTER)
         with self._ledger.pinned(digest):
-            held = self._publish(name, part, entry)
+            held = self._publish(name, data, entry)
             self._ledger.add(digest, entry.size)
             dropped: list[str] = []
             if self.size() > self._max_size:
@@ -144,10 +146,10 @@ class DiskTier:
             self.entries.write(name, entry)
 
     def note(self, name: str, count: int, last: float) -> None:
-        """Add uses to the entry. They are not worth waiting for the disk."""
+        """Add uses to the entry."""
         entry = self.entries.read(name)
         if entry is not None:
-            self.entries.write(name, entry.used(count, last), durable=False)
+            self.entries.write(name, entry.used(count, last))
 
     def remove(self, name: str) -> None:
         entry = self.entries.read(name)
@@ -174,7 +176,7 @@ class DiskTier:
         Gives the names of the entries dropped, and the number of bytes freed.
         """
         with self._sweeping:
-            self.blobs.sweep(_ORPHANED_AFTER)
+            self.sweep()
             self._ledger.recount()
             if self._ledger.size <= only_above:
                 return [], 0
@@ -214,8 +216,13 @@ class DiskTier:
                 self._ledger.recount()
         return broken
 
+    def sweep(self) -> None:
+        """Delete what processes that are gone have left, but for what is worth resuming."""
+        self.blobs.sweep(_ORPHANED_AFTER, resumable_for=_RESUMABLE_FOR)
+
     def clear(self) -> None:
         with self._sweeping:
+            self.blobs.sweep(_ORPHANED_AFTER)
             for name in self.entries.names():
                 self.entries.remove(name)
             self._ledger.recount()
@@ -223,11 +230,15 @@ class DiskTier:
                 if not self._ledger.is_pinned(digest):
                     self._delete(digest)
 
-    def _publish(self, name: str, part: PartFile, entry: CacheEntry) -> Held:
-        digest = _digest_in(entry)
+    def _publish(self, name: str, data: PartFile | memoryview, entry: CacheEntry) -> Held:
+        digest, is_durable = _digest_in(entry), is_worth_a_sync(entry.size)
         is_new, before = not self.blobs.has(digest, entry.size), self.entries.read(name)
-        view = part.publish(digest)
-        entry = replace(entry, stamp=self.blobs.stamp(digest))
+        if isinstance(data, PartFile):
+            view = data.publish(digest, durable=is_durable)
+        else:
+            view = data
+            self.blobs.put(view, digest)
+        entry = replace(entry, stamp=self.blobs.stamp(digest) if is_durable else None)
         try:
             self.entries.write(name, entry)
         except CacheError:

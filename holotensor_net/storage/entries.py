@@ -22,7 +22,8 @@ from typing import Any
 
 from ..errors import CacheError
 from ..values import RangeRequest, Validator
-from .blobs import BlobStore, opened, read_all, scan, translated
+from .blobs import BlobStore
+from .files import opened, read_all, scan, translated
 from .freshness import Freshness, is_same_entity, kept, refreshed
 
 __all__ = ["CacheEntry", "EntryFiles", "Held", "Usage"]
@@ -182,12 +183,9 @@ class EntryFiles:
         self._blobs.set_aside(path)
         return None
 
-    def write(self, name: str, entry: CacheEntry, *, durable: bool = True) -> None:
-        data = _packed(entry)
-        with self._blobs.create(len(data)) as part:
-            part.write(0, data)
-            part.publish_as(self.path_of(name), durable=durable)
-        self.touch(name, entry.last_accessed)
+    def write(self, name: str, entry: CacheEntry) -> None:
+        # It tells itself whether it is whole, so that nothing has to wait for the disk.
+        self._blobs.replace(self.path_of(name), _packed(entry), when=entry.last_accessed)
 
     def touch(self, name: str, when: float) -> None:
         """Note when the entry was last used, where that may be written."""

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import CacheError
-from .blobs import BlobStore, Buffer, digest_of, opened, read_all, scan, translated
+from .blobs import BlobStore
+from .files import Buffer, digest_of, opened, read_all, scan, translated
 
 __all__ = ["ResultStore", "Stored"]
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from holotensor_net.config import CacheConfig, CdnEndpoint
 from holotensor_net.engine.request_cache import RequestCache, contradicts
-from holotensor_net.storage.blobs import PartFile
 from holotensor_net.storage.cache import FragmentCache
 from holotensor_net.storage.memory import MemoryPart
+from holotensor_net.storage.parts import PartFile
 from holotensor_net.values import HeadInfo, LoadRequest, RangeRequest, Validator
 
 V1 = Validator('"v1"', "Tue, 15 Nov 1994 12:45:26 GMT", True)

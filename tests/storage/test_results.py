@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from holotensor_net.errors import CacheError, InsufficientDisk
-from holotensor_net.storage.blobs import digest_of
+from holotensor_net.storage.files import digest_of
 from holotensor_net.storage.results import ResultStore
 
 KEYS = [f"{number:064x}" for number in range(0, 1000, 7)]

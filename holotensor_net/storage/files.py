@@ -1,0 +1,191 @@
+"""What every file of the cache is read, named and held by.
+
+A private file's name tells whose it is, ``<subject>.<owner>.<token>``: what a process that is gone has left can be
+collected, or taken over by renaming it, without a lock. ``subject`` says what it is good for to others, if anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import os
+import re
+import secrets
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from ..errors import CacheError, InsufficientDisk
+from ..values import blake3_of
+
+__all__ = [
+    "CREATING",
+    "Buffer",
+    "digest_of",
+    "disown",
+    "flat",
+    "hold",
+    "is_gone",
+    "is_held",
+    "opened",
+    "private_name",
+    "read_all",
+    "scan",
+    "subject_of",
+    "translated",
+]
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+# O_NONBLOCK: opening a pipe that lies in a file's place must not wait for a writer.
+_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+CREATING = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+_PRIVATE = re.compile(r"([0-9a-f]*)\.(?:([0-9a-f]{12})-([0-9]{1,10}))?\.[0-9a-f]{32}")
+
+_mine: set[str] = set()
+"""Names of private files that are in use in this process."""
+
+
+def flat(buffer: Buffer) -> memoryview:
+    """The bytes of a buffer of any shape in one row; copied only if they do not lie in one."""
+    view = memoryview(buffer)
+    if not view.nbytes:
+        return memoryview(b"")
+    return view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
+
+
+def digest_of(buffer: Buffer) -> str:
+    """The BLAKE3 digest of the bytes, 64 hex digits."""
+    return blake3_of(flat(buffer))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+    """A descriptor to read a regular file, and its status; never a link, a pipe or a device.
+
+    Raises OSError: ELOOP for what is no regular file.
+    """
+    fd = os.open(path, _READ)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.ELOOP, "not a regular file", str(path))
+        yield fd, status
+    finally:
+        os.close(fd)
+
+
+def read_all(fd: int, size: int) -> bytes:
+    """The first ``size`` bytes of an open file, fewer only if it ends before; its position stays."""
+    pieces, got = [], 0
+    while got < size and (piece := os.pread(fd, size - got, got)):
+        pieces.append(piece)
+        got += len(piece)
+    return b"".join(pieces)
+
+
+def scan(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder; nothing where there is no folder."""
+    try:
+        with os.scandir(folder) as items:
+            return list(items)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+@contextlib.contextmanager
+def translated(doing: str, root: Path) -> Iterator[None]:
+    """OSErrors as CacheErrors that say what to do."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InsufficientDisk(
+                f"no room to {doing} in {root}: free some space, or set another cache folder (HOLOTENSOR_CACHE)"
+            ) from error
+        raise CacheError(f"cannot {doing} in {root} ({error.strerror or error}): {_advice(error)}") from error
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    return "make sure that it is a folder that may be read and written, or set another (HOLOTENSOR_CACHE)"
+
+
+@functools.cache
+def _machine() -> str:
+    """Where process numbers mean what they mean here: this machine since it was started, this container."""
+    known = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        known += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:12]
+
+
+def private_name(subject: str = "", *, owned: bool = True) -> str:
+    """A name that no other file has. ``owned``: as long as it is in use, see :func:`disown`, nobody else's."""
+    name = f"{subject}.{f'{_machine()}-{os.getpid()}' if owned else ''}.{secrets.token_hex(16)}"
+    if owned:
+        _mine.add(name)
+    return name
+
+
+def disown(name: str) -> None:
+    """The file is not in use any more."""
+    _mine.discard(name)
+
+
+def subject_of(name: str) -> str:
+    """What a private file is good for, "" if that is nothing to anybody else."""
+    match = _PRIVATE.fullmatch(name)
+    return match[1] if match else ""
+
+
+def is_gone(name: str) -> bool | None:
+    """Whether nobody uses a private file any more; None if that cannot be told: it comes from elsewhere."""
+    match = _PRIVATE.fullmatch(name)
+    if match is None or (match[2] is not None and (match[2] != _machine() or os.name != "posix")):
+        return None
+    if match[2] is None:
+        return True
+    process = int(match[3])
+    if process == os.getpid():
+        return name not in _mine
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except ProcessLookupError:
+        return True
+    except (OSError, IndexError):
+        return False
+
+
+def hold(fd: int) -> bool:
+    """Whether the file could be marked as in use; the mark goes with the process, however it ends.
+
+    False only if somebody else holds it. True where locks are unknown: they save work here and guard nothing.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody has the file marked as in use."""
+    try:
+        with opened(path) as (fd, _):
+            return not hold(fd)
+    except OSError:
+        return False

@@ -1,0 +1,292 @@
+"""Part files: private, filled in any order, that become a blob or another file in one step, or are resumed later."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CacheError
+from ..values import blake3_hasher
+from .files import Buffer, disown, flat, hold, private_name, subject_of, translated
+from .journal import TAIL, Journal, Mark, believed
+
+if TYPE_CHECKING:
+    from .blobs import BlobStore
+
+__all__ = ["PartFile"]
+
+_BACKDATED = 2_000_000_000
+_STEP = 1 << 20
+
+
+class PartFile:
+    """A private file, filled in any order by any number of threads, that becomes a blob in one step.
+
+    A context manager that discards what was not published; so does forgetting it. The lock guards who uses the
+    descriptor: after :meth:`publish` or :meth:`discard` no late write can reach the file, or whatever is given the same
+    descriptor next. Raises CacheError, or InsufficientDisk where there is no room.
+    """
+
+    def __init__(self, store: BlobStore, path: Path, fd: int, size: int | None) -> None:
+        self.path = path
+        self._store = store
+        self._fd = fd
+        self._limit = size
+        self._users = 0
+        self._is_writable = self._is_open = True
+        self._idle = threading.Condition()
+        self._prefix = _Prefix()
+        self._journal: Journal | None = None
+        self._abandon = weakref.finalize(self, _abandon, fd, path, os.getpid())
+        hold(fd)
+
+    def __enter__(self) -> PartFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.discard()
+
+    @property
+    def size(self) -> int:
+        """Bytes that the file has now; reserved ones count."""
+        with self._using() as fd:
+            return self._size(fd)
+
+    @property
+    def settled(self) -> int:
+        """Bytes from the start that are in the digest already, and, in a file that can be resumed, in its journal."""
+        return self._prefix.length
+
+    def reserve(self) -> None:
+        """Ask the disk for all of the room at once."""
+        if not self._limit:
+            return
+        with self._using(writing=True) as fd, translated(f"reserve {self._limit} bytes", self._store.root):
+            try:
+                os.posix_fallocate(fd, 0, self._limit + self._tail)
+            except (AttributeError, OSError) as error:
+                # Not every system has it, nor every file system where there is it.
+                if getattr(error, "errno", None) not in (None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+                os.ftruncate(fd, self._limit + self._tail)
+
+    def write(self, offset: int, buffer: Buffer) -> None:
+        """Put all of the buffer at ``offset``. Threads may write disjoint parts at once."""
+        rest = flat(buffer)
+        if offset < 0 or (self._limit is not None and offset + len(rest) > self._limit):
+            raise CacheError(f"{len(rest)} bytes at {offset} do not fit into a part file of {self._limit} bytes")
+        with self._using(writing=True) as fd, translated(f"write {len(rest)} bytes", self._store.root):
+            while rest:
+                written = os.pwrite(fd, rest, offset)
+                rest, offset = rest[written:], offset + written
+
+    def view(self) -> memoryview:
+        """A read-only view of what is there now; a later write may or may not show in it."""
+        with self._using() as fd, translated("read a part file", self._store.root):
+            return self._store._view(fd, self._size(fd))
+
+    def truncate(self, size: int) -> None:
+        """Cut the file to ``size`` bytes. No view of it may be read beyond that any more."""
+        with self._using(writing=True) as fd, translated(f"cut a part file to {size} bytes", self._store.root):
+            os.ftruncate(fd, size)
+            self._limit, self._journal = size, None
+
+    def settle(self, start: int, stop: int) -> None:
+        """The bytes there will not change any more: take them into the digest, and into the journal if there is one.
+
+        One thread at a time hashes; the others go on. A disk that fails here shows when the file is published.
+        """
+        self._prefix.add(start, stop)
+        with contextlib.suppress(OSError):
+            while self._prefix.claim():
+                try:
+                    with self._using() as fd:
+                        self._prefix.hash(fd)
+                        if self._journal is not None and self._prefix.length < self._journal.size:
+                            self._journal.advance(fd, self._prefix.mark, sync=_sync)
+                finally:
+                    self._prefix.release()
+
+    def digest(self) -> str:
+        """The BLAKE3 digest of all bytes; those that were settled have been hashed already. Nothing may be written."""
+        with self._using() as fd, translated("read a part file", self._store.root):
+            return self._prefix.digest(fd, self._size(fd))
+
+    def keep(self) -> None:
+        """Let go of the file and leave it to whoever resumes it; discard it if there is nothing to resume."""
+        if self._journal is None or not self.settled:
+            self.discard()
+            return
+        with contextlib.suppress(OSError, CacheError), self._using(alone=True):
+            os.rename(self.path, self.path.with_name(private_name(subject_of(self.path.name), owned=False)))
+        self.discard()
+
+    def publish(self, digest: str, *, durable: bool = True) -> memoryview:
+        """Make this the blob ``digest``; gives a read-only view of it. The caller answers for the digest.
+
+        Where the same bytes are published already, theirs is the view, and this file is discarded.
+        """
+        twin = self._store.open(digest, self.size)
+        if twin is not None:
+            self.discard()
+            return twin
+        target = self._store.path_of(digest)
+        with self._moved_to(target, durable=durable) as fd:
+            status = os.fstat(fd)
+            self._store._stamps[digest] = status.st_mtime_ns
+            return self._store._view(fd, status.st_size)
+
+    def publish_as(self, target: Path, *, durable: bool = True) -> None:
+        """Make this the file ``target`` below the store's root. Not ``durable``: a loss of power may leave it empty."""
+        with self._moved_to(target, durable=durable):
+            pass
+
+    @contextlib.contextmanager
+    def _moved_to(self, target: Path, *, durable: bool = True) -> Iterator[int]:
+        with self._using(alone=True) as fd, translated("publish a file", self._store.root):
+            if self._journal is not None:
+                os.ftruncate(fd, self._journal.size)
+            self._store._folder(*target.relative_to(self._store.root).parts[:-1])
+            # Any later write is then sure to show in the file's time, though it came in the same tick of the clock.
+            past = time.time_ns() - _BACKDATED
+            os.utime(self.path, ns=(past, past))
+            if durable:
+                os.fsync(fd)
+            os.replace(self.path, target)
+            yield fd
+        self.discard()
+
+    def discard(self) -> None:
+        """Close and delete the file, once writes under way are done; after :meth:`publish` do nothing."""
+        with self._idle:
+            self._is_writable = self._is_open = False
+            self._idle.wait_for(lambda: self._users == 0)
+        self._abandon()
+
+    def begin_journal(self, note: Mapping[str, Any]) -> None:
+        """Make this a file that can be resumed, if the note, what JSON can say, is short enough."""
+        if self._limit:
+            journal = Journal(self._limit, note)
+            with self._using(writing=True) as fd, translated("write a journal", self._store.root):
+                self._journal = journal if journal.begin(fd) else None
+
+    @classmethod
+    def resumed(cls, store: BlobStore, path: Path, fd: int) -> tuple[PartFile, Mapping[str, Any]] | None:
+        """A part file as somebody has left it, and its note; None, and it is deleted, if its bytes do not bear out what
+        its journal tells. Takes the descriptor."""
+        part = cls(store, path, fd, None)
+        with translated("read a part file", store.root):
+            found = Journal.read(fd)
+            length, hasher = believed(fd, found[1], blake3_hasher()) if found is not None else (0, None)
+            if found is None or not length:
+                part.discard()
+                return None
+            part._journal = found[0]
+            part._limit = found[0].size
+            part._prefix = _Prefix(hasher, length)
+        return part, found[0].note
+
+    @property
+    def _tail(self) -> int:
+        return TAIL if self._journal is not None else 0
+
+    def _size(self, fd: int) -> int:
+        return os.fstat(fd).st_size if self._journal is None else self._journal.size
+
+    @contextlib.contextmanager
+    def _using(self, *, writing: bool = False, alone: bool = False) -> Iterator[int]:
+        """The descriptor, which stays open meanwhile; ``alone`` waits for the others and lets no writer in again."""
+        with self._idle:
+            if not (self._is_writable if writing or alone else self._is_open):
+                raise CacheError("the part file is published or discarded: begin a new one")
+            if alone:
+                self._is_writable = False
+                self._idle.wait_for(lambda: self._users == 0)
+            self._users += 1
+        try:
+            yield self._fd
+        finally:
+            with self._idle:
+                self._users -= 1
+                self._idle.notify_all()
+
+
+def _abandon(fd: int, path: Path, owner: int) -> None:
+    """Close a part file, and delete it unless this is the child of the process that owns it."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+    if os.getpid() == owner:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        disown(path.name)
+
+
+def _sync(fd: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(fd)
+
+
+class _Prefix:
+    """The digest of a file's bytes from its start, taken as they come. The lock guards all, but is not held to hash."""
+
+    def __init__(self, hasher: Any = None, length: int = 0) -> None:
+        self._hasher = hasher
+        self.length = self._reach = length
+        self._apart: dict[int, int] = {}
+        self._is_busy = False
+        self._changed = threading.Condition()
+
+    @property
+    def mark(self) -> Mark:
+        return Mark(self.length, self._hasher.hexdigest())
+
+    def add(self, start: int, stop: int) -> None:
+        """These bytes will not change any more."""
+        with self._changed:
+            if start < stop:
+                self._apart[start] = stop
+            while (reach := self._apart.pop(self._reach, None)) is not None:
+                self._reach = reach
+
+    def claim(self) -> bool:
+        """Whether there is something to hash that nobody hashes; if so, it is the caller's until :meth:`release`."""
+        with self._changed:
+            is_free = not self._is_busy and self.length < self._reach
+            self._is_busy = self._is_busy or is_free
+            return is_free
+
+    def release(self) -> None:
+        with self._changed:
+            self._is_busy = False
+            self._changed.notify_all()
+
+    def hash(self, fd: int) -> None:
+        """Take in what there is now. Raises OSError."""
+        self._hasher, stop = self._hasher or blake3_hasher(), self._reach
+        block = memoryview(bytearray(max(0, min(_STEP, stop - self.length))))
+        while (left := stop - self.length) > 0:
+            got = os.preadv(fd, [block[:left]], self.length)
+            if not got:
+                raise OSError(errno.EIO, "the file ends before its bytes do")
+            self._hasher.update(block[:got])
+            self.length += got
+
+    def digest(self, fd: int, size: int) -> str:
+        """The digest of the first ``size`` bytes, the rest of them hashed now. Raises OSError."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_busy)
+            self._is_busy = True
+            self._reach = size
+        try:
+            if self.length > size:
+                self._hasher, self.length = None, 0
+            self.hash(fd)
+            return str((self._hasher or blake3_hasher()).hexdigest())
+        finally:
+            self.release()
