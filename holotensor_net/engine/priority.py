@@ -87,16 +87,17 @@ class PriorityQueue:
     Several fragments may bear one id; what is asked by id concerns all of them.
     """
 
-    # A place in either heap is (score or time due, arrival, fragment_id). It names its fragment and does not hold it,
-    # so that a stale place keeps no buffers alive. It is stale if the index has no such fragment, or with another
-    # score.
+    # A rank holds the arrivals of one score. It names its fragments and does not hold them, so that a stale place keeps
+    # no buffers alive. An arrival is stale if no fragment has it, or one that has another score by now; the same
+    # arrival twice in a rank does no harm. Scores and arrivals apart are compared several times as fast as pairs of
+    # them, and most fragments share their score with others.
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._arrivals = itertools.count()
         self._queued = _Index()
-        self._heap: list[tuple[float, int, str]] = []
-        self._promotions: list[tuple[float, int, str]] = []
+        self._ranks = _Ranks()
+        self._promotions: list[tuple[float, int]] = []
 
     def push(self, fragment: PrioritizedFragment | LoadRequest, *, place: int | None = None) -> PrioritizedFragment:
         """Queue a fragment, or a request as from now; ``place``: one that it had here before, to have again.
@@ -120,7 +121,6 @@ class PriorityQueue:
         with self._lock:
             fragment = self._most_urgent()
             if fragment is not None:
-                heapq.heappop(self._heap)
                 self._forget(fragment)
             return fragment
 
@@ -155,7 +155,7 @@ class PriorityQueue:
     def discard(self, fragment: PrioritizedFragment) -> bool:
         """Take out exactly this fragment. False if it was not here."""
         with self._lock:
-            is_here = self._queued.find(fragment.fragment_id, fragment._arrival) is fragment
+            is_here = self._queued.find(fragment._arrival) is fragment
             if is_here:
                 self._forget(fragment)
             return is_here
@@ -166,7 +166,7 @@ class PriorityQueue:
             found = list(self._queued)
             for fragment in found:
                 fragment._arrival = _NOT_QUEUED
-            self._queued, self._heap, self._promotions = _Index(), [], []
+            self._queued, self._ranks, self._promotions = _Index(), _Ranks(), []
             return found
 
     def get_by_priority(self, min_priority: Priority) -> list[PrioritizedFragment]:
@@ -178,40 +178,40 @@ class PriorityQueue:
         return [fragment for _, fragment in sorted(found, key=lambda item: item[0])]
 
     def __len__(self) -> int:
-        return self._queued.length
+        return len(self._queued)
 
     def __contains__(self, fragment_id: object) -> bool:
         with self._lock:
             return fragment_id in self._queued
 
-    # What follows, and all of the index, runs under the lock.
+    # What follows, and all of the index and of the ranks, runs under the lock.
 
     def _most_urgent(self) -> PrioritizedFragment | None:
         self._promote()
-        while self._heap:
-            score, arrival, fragment_id = self._heap[0]
-            fragment = self._queued.find(fragment_id, arrival)
+        while (first := self._ranks.first()) is not None:
+            score, arrival = first
+            fragment = self._queued.find(arrival)
             if fragment is not None and fragment.effective_priority == score:
                 return fragment
-            heapq.heappop(self._heap)
+            self._ranks.drop_first()
         return None
 
     def _promote(self) -> None:
         now = self._clock() if self._promotions else 0.0
         while self._promotions and self._promotions[0][0] <= now:
-            _, arrival, fragment_id = heapq.heappop(self._promotions)
-            fragment = self._queued.find(fragment_id, arrival)
+            _, arrival = heapq.heappop(self._promotions)
+            fragment = self._queued.find(arrival)
             if fragment is not None:
                 self._place(fragment, now)
                 self._expect(fragment, now)
 
     def _place(self, fragment: PrioritizedFragment, now: float) -> None:
         fragment.effective_priority = score = fragment.score_at(now)
-        heapq.heappush(self._heap, (score, fragment._arrival, fragment.request.fragment_id))
+        self._ranks.add(score, fragment._arrival)
 
     def _expect(self, fragment: PrioritizedFragment, now: float) -> None:
         if fragment.deadline_at is not None and (due := fragment.next_promotion(now)) is not None:
-            heapq.heappush(self._promotions, (due, fragment._arrival, fragment.fragment_id))
+            heapq.heappush(self._promotions, (due, fragment._arrival))
 
     def _forget(self, fragment: PrioritizedFragment) -> None:
         self._queued.remove(fragment)
@@ -219,46 +219,86 @@ class PriorityQueue:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Drop the stale places of a heap once they outnumber the live ones: O(1) amortised."""
-        enough = 2 * self._queued.length + 16
-        if len(self._heap) > enough:
-            self._heap = [(f.effective_priority, f._arrival, f.fragment_id) for f in self._queued]
-            heapq.heapify(self._heap)
+        """Drop the stale places once they outnumber the live ones: O(1) amortised."""
+        enough = 2 * len(self._queued) + 16
+        if len(self._ranks) > enough:
+            self._ranks = _Ranks()
+            for fragment in self._queued:
+                self._ranks.add(fragment.effective_priority, fragment._arrival)
         if len(self._promotions) > enough:
-            self._promotions = [p for p in self._promotions if self._queued.find(p[2], p[1]) is not None]
+            self._promotions = [p for p in self._promotions if self._queued.find(p[1]) is not None]
             heapq.heapify(self._promotions)
 
 
-class _Index:
-    """Fragments by id. A lone one stands for itself, several in a dict by arrival: a dict for each would cost as much
-    again as all the rest.
+class _Ranks:
+    """Arrivals by score: the lowest score first, and within it the earliest.
+
+    A lone arrival stands for itself, several in a heap: a list for each would cost as much again as all the rest.
     """
 
     def __init__(self) -> None:
+        self._scores: list[float] = []
+        self._ranks: dict[float, int | list[int]] = {}
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, score: float, arrival: int) -> None:
+        self._length += 1
+        rank = self._ranks.get(score)
+        if rank is None:
+            self._ranks[score] = arrival
+            heapq.heappush(self._scores, score)
+        elif isinstance(rank, list):
+            heapq.heappush(rank, arrival)
+        else:
+            self._ranks[score] = [rank, arrival] if rank < arrival else [arrival, rank]
+
+    def first(self) -> tuple[float, int] | None:
+        if not self._scores:
+            return None
+        rank = self._ranks[self._scores[0]]
+        return self._scores[0], rank[0] if isinstance(rank, list) else rank
+
+    def drop_first(self) -> None:
+        self._length -= 1
+        rank = self._ranks[self._scores[0]]
+        if isinstance(rank, list):
+            heapq.heappop(rank)
+        if not isinstance(rank, list) or not rank:
+            del self._ranks[heapq.heappop(self._scores)]
+
+
+class _Index:
+    """Fragments by arrival, and by id: a lone one stands for itself there, several in a dict."""
+
+    def __init__(self) -> None:
+        self._by_arrival: dict[int, PrioritizedFragment] = {}
         self._by_id: dict[str, PrioritizedFragment | dict[int, PrioritizedFragment]] = {}
-        self.length = 0
+
+    def __len__(self) -> int:
+        return len(self._by_arrival)
 
     def add(self, fragment: PrioritizedFragment) -> None:
-        self.length += 1
-        there = self._by_id.setdefault(fragment.fragment_id, fragment)
+        self._by_arrival[fragment._arrival] = fragment
+        there = self._by_id.setdefault(fragment.request.fragment_id, fragment)
         if isinstance(there, dict):
             there[fragment._arrival] = fragment
         elif there is not fragment:
             self._by_id[fragment.fragment_id] = {there._arrival: there, fragment._arrival: fragment}
 
     def remove(self, fragment: PrioritizedFragment) -> None:
-        self.length -= 1
-        there = self._by_id[fragment.fragment_id]
+        del self._by_arrival[fragment._arrival]
+        name = fragment.request.fragment_id
+        there = self._by_id[name]
         if isinstance(there, dict):
             del there[fragment._arrival]
         if there is fragment or not there:
-            del self._by_id[fragment.fragment_id]
+            del self._by_id[name]
 
-    def find(self, fragment_id: str, arrival: int) -> PrioritizedFragment | None:
-        there = self._by_id.get(fragment_id)
-        if isinstance(there, dict):
-            return there.get(arrival)
-        return there if there is not None and there._arrival == arrival else None
+    def find(self, arrival: int) -> PrioritizedFragment | None:
+        return self._by_arrival.get(arrival)
 
     def of(self, fragment_id: str) -> list[PrioritizedFragment]:
         there = self._by_id.get(fragment_id)
@@ -270,8 +310,4 @@ class _Index:
         return fragment_id in self._by_id
 
     def __iter__(self) -> Iterator[PrioritizedFragment]:
-        for there in self._by_id.values():
-            if isinstance(there, dict):
-                yield from there.values()
-            else:
-                yield there
+        return iter(self._by_arrival.values())

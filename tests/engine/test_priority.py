@@ -1,7 +1,9 @@
+import gc
 import itertools
 import math
 import random
 import threading
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -326,20 +328,40 @@ def test_stale_places_never_outnumber_the_live_by_much():
         queue.push(request(f"{index}", deadline=3600.0))
     for _, level, index in itertools.product(range(10), (LOW, HIGH), range(100)):
         queue.update_priority(f"{index}", level)
-        assert len(queue._heap) <= 2 * len(queue) + 16
+        assert len(queue._ranks) <= 2 * len(queue) + 16
     for index in range(100):
         queue.remove(f"{index}")
-        assert len(queue._heap) <= 2 * len(queue) + 16
+        assert len(queue._ranks) <= 2 * len(queue) + 16
         assert len(queue._promotions) <= 2 * len(queue) + 16
+
+
+class Mortal(PrioritizedFragment):
+    """One whose end can be seen."""
+
+
+def test_equals_go_in_order_of_arrival_however_they_came_back():
+    queue = PriorityQueue(clock=Clock())
+    for name in "abcd":
+        queue.push(request(name, LOW if name == "c" else NORMAL))
+    queue.update_priority("c", NORMAL)
+    first = queue.peek()
+    place = first.place
+    assert queue.pop() is first
+    queue.push(request("e"))
+    queue.push(first, place=place)
+    for level in (HIGH, NORMAL):
+        queue.update_priority("b", level)
+    assert drain(queue) == list("abcde")
 
 
 def test_a_place_left_behind_keeps_no_fragment_alive():
     queue = PriorityQueue(clock=Clock())
     queue.push(request("stays"))
-    queue.push(request("goes", deadline=3600.0))
+    queue.push(Mortal(request("goes", deadline=3600.0), queued_at=1000.0))
     queue.update_priority("goes", LOW)
-    queue.remove("goes")
-    assert not any(isinstance(item, PrioritizedFragment) for place in queue._heap + queue._promotions for item in place)
+    gone = [weakref.ref(fragment) for fragment in queue.remove("goes")]
+    gc.collect()
+    assert [fragment() for fragment in gone] == [None]
 
 
 class QueueAgainstAList(RuleBasedStateMachine):
