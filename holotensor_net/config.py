@@ -85,10 +85,10 @@ class CdnEndpoint:
     """One place to fetch from. A path is looked up below ``url``.
 
     ``priority``: lower first. ``max_connections``: a ceiling; the controller finds the least that fills the path.
-    ``auth``: a bearer token, a ``(user, password)`` pair, or a function that gives a fresh token. ``verify``: check
-    TLS certificates (True), not at all (False), or against a CA bundle (a path). ``proxies``: scheme → proxy URL;
-    None takes the environment's. Credentials in the URL are moved to ``auth``; credentials and headers never show in
-    ``repr``.
+    ``auth``: a bearer token, a ``(user, password)`` pair, or a function that gives a token: it is asked for each
+    request, and once more where the server refuses what it gave. ``verify``: check TLS certificates (True), not at all
+    (False), or against a CA bundle (a path). ``proxies``: scheme → proxy URL; None takes the environment's. Credentials
+    in the URL are moved to ``auth``; credentials and headers never show in ``repr``.
 
     What is cached is given only to who asks with the same credentials. Whose token a function gives cannot be told, so
     what came with it serves this very endpoint and ends with the process, unless ``cache_scope`` names whose eyes it

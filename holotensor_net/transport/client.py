@@ -51,6 +51,7 @@ _DRAIN = 64 * 1024
 _DRAIN_SECONDS = 0.5
 _MOST_CONTINUATIONS = 256
 _REDIRECTS = (301, 302, 303, 307, 308)
+_REFUSED = (401, 403)
 _CONTROL = re.compile(r"[\x00-\x20\x7f]")
 _UNSENDABLE = re.compile(r"\A\s|[\r\n\0]|[^\x00-\xff]")  # in a header; requests 2.32 lets a last line end pass (seen)
 
@@ -293,9 +294,8 @@ class HttpClient:
             self._check(patience)
             raise Timeout("no connection came free: raise max_connections, or ask from fewer threads")
         try:
-            own = self._own_headers(headers)
+            response, linked = self._admitted(method, url, headers, patience)
             with translated():
-                response, linked = self._follow(method, url, own, patience)
                 try:
                     said = {name.lower(): value.strip(" \t") for name, value in response.headers.items()}
                     said.pop(LINKED, None)  # of whoever answered in the end
@@ -316,6 +316,31 @@ class HttpClient:
         if self._closing.is_set():
             raise Cancelled("the client is closed: make a new one")
         patience.check()
+
+    def _admitted(
+        self, method: str, url: str, headers: Mapping[str, str], patience: Patience
+    ) -> tuple[requests.Response, str | None]:
+        """As ``_follow``; what was refused is asked for once more with what may be fresh: the token that a function
+        gives, after a 401, or the signed address that a redirect leads to. A token that was refused is not sent again.
+        """
+        own = self._own_headers(headers)
+        with translated():
+            response, linked = self._follow(method, url, own, patience)
+        if response.status_code not in _REFUSED:
+            return response, linked
+        try:
+            is_redirected = response.url != _prepared(method, url, own).url
+            fresh = self._own_headers(headers) if response.status_code == 401 or is_redirected else own
+            if fresh == own and not is_redirected:
+                return response, linked
+            self._drain(response, patience)
+        except BaseException:
+            _close(response)
+            raise
+        self._check(patience)
+        with translated():
+            _close(response)
+            return self._follow(method, url, fresh, patience)
 
     def _follow(
         self, method: str, url: str, own: Mapping[str, str], patience: Patience

@@ -49,6 +49,8 @@ class FaultOrigin(Wire):
         if mirror == "portal":
             return answer(b"<html>Accept our terms", content_type="text/html")
         self._look_for_breaches(request)
+        if mirror == "expired":
+            return answer(b"", 403)
         try:
             case = Case.of(key)
             fault = BY_NAME[case.fault]

@@ -1114,9 +1114,13 @@ for _code in (400, 404, 410):
 row(
     33,
     "stale-credential",
-    lambda a: answer(b"", 401) if "canary-bearer-2" not in a.request.headers.get("authorization", "") else None,
+    lambda a: answer(b"", 401) if a.request.headers.get("authorization", "").endswith("canary-bearer-1") else None,
     everywhere=True,
-    pending="a 401 does not refresh the credential",
+)
+row(
+    33,
+    "expired-signature",
+    lambda a: answer(b"", 302, location=f"http://127.0.0.1:{a.other_port}/{'a' if a.hits else 'expired'}/{a.case.key}"),
 )
 row(33, "forbidden-for-ever", status(403), "HttpError", once=ends("HttpError"), most=8)
 row(

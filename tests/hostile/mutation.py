@@ -157,6 +157,7 @@ def judgements() -> Iterator[Mutant]:
     yield _patched(transfer, "linked", lambda _: frozenset())
     yield _patched(fetcher, "check_digests", lambda *_: None)
     yield _patched(client, "_TRAVELS", _All())
+    yield _patched(client, "_REFUSED", ())
     yield _patched(client, "_MOST_CONTINUATIONS", 1 << 40)
     yield _patched(client, "_DRAIN", 1 << 60)
     yield _patched(client, "_DRAIN_SECONDS", 1e6)
@@ -225,6 +226,7 @@ CAUGHT_BY = {
     "guards.validator_of": "20-weak-etag",
     "guards.retry_after": "31-retry-after-30-years",
     "client._TRAVELS": "39-redirect-to-another-origin",
+    "client._REFUSED": "33-expired-signature",
     "client._MOST_CONTINUATIONS": "34-one-byte-at-a-time",
     "client._DRAIN_SECONDS": "29-slow-500",
     "client._DRAIN ": "29-endless-500-in-a-hurry",

@@ -24,7 +24,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from urllib3.exceptions import InsecureRequestWarning
-from wire import END, HOLD, RESET, TLS, Wire, answer, black_hole, chunked, closed_port, drip, part, write_certificate
+from wire import (
+    END,
+    HOLD,
+    RESET,
+    TLS,
+    Request,
+    Wire,
+    answer,
+    black_hole,
+    chunked,
+    closed_port,
+    drip,
+    part,
+    write_certificate,
+)
 
 from holotensor_net.config import CdnEndpoint, ClientConfig, NetworkConfig, RetryConfig
 from holotensor_net.errors import (
@@ -1325,6 +1339,83 @@ def test_a_token_function_that_fails_is_not_a_failed_connection(client: Open) ->
             with pytest.raises(FileNotFoundError, match="no token file"):
                 broken.fetch("a")
         client(wire).fetch("a")
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda c: c.fetch("a"), lambda c: c.fetch_range("a", (0, 1024)), lambda c: c.head("a")]
+)
+def test_a_refused_token_is_asked_for_anew_and_the_old_one_is_not_sent_again(
+    client: Open, ask: Callable[[HttpClient], object]
+) -> None:
+    tokens = iter(["old", "new"])
+    with Wire(answer(b"who are you?", 401), lambda request: good(request)) as wire:
+        assert ask(client(wire, auth=lambda: next(tokens)))
+        assert [request.headers["authorization"] for request in wire.requests] == ["Bearer old", "Bearer new"]
+        assert [request.connection for request in wire.requests] == [0, 0]
+
+
+def good(request: Request) -> bytes:
+    if request.method == "HEAD":
+        return answer(content_length=len(DATA))
+    return part(DATA, 0, len(DATA)) if "range" in request.headers else answer(DATA)
+
+
+def test_a_token_is_refreshed_once_and_then_refused(client: Open) -> None:
+    tokens = iter(["old", "new", "newer"])
+    with Wire(always=answer(status=401)) as wire:
+        with pytest.raises(HttpError, match="check the credentials") as caught:
+            client(wire, retry=QUICK, auth=lambda: next(tokens)).fetch("a")
+        assert caught.value.status == 401
+        assert [request.headers["authorization"] for request in wire.requests] == ["Bearer old", "Bearer new"]
+
+
+@pytest.mark.parametrize("auth", [None, "token", ("user", "password"), lambda: "the same"])
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_credential_that_stays_the_same_is_not_sent_again(client: Open, auth: Any, status: int) -> None:
+    with Wire(answer(status=status)) as wire, pytest.raises(HttpError):
+        client(wire, retry=QUICK, auth=auth).fetch("a")
+
+
+@pytest.mark.parametrize("status", [403, 407])
+def test_a_refusal_that_is_no_matter_of_a_stale_token_refreshes_none(client: Open, status: int) -> None:
+    tokens = iter(["one"])
+    with Wire(answer(status=status)) as wire, pytest.raises(HttpError):
+        client(wire, retry=QUICK, auth=lambda: next(tokens)).fetch("a")
+
+
+def test_a_token_function_that_fails_when_asked_again_is_heard_and_leaves_no_connection(client: Open) -> None:
+    tokens = iter(["one"])
+
+    def token() -> str:
+        try:
+            return next(tokens)
+        except StopIteration:
+            raise FileNotFoundError("no token file") from None
+
+    with Wire(answer(status=401, content_length=10)) as wire:
+        with pytest.raises(FileNotFoundError, match="no token file"):
+            client(wire, retry=QUICK, auth=token).fetch("a")
+        wire.await_closed()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_signed_address_that_has_expired_is_resolved_again(client: Open, status: int) -> None:
+    with Wire(answer(b"Request has expired", status), answer(DATA)) as store:
+        signed = [answer(status=302, location=f"{store.url}/x?signature={SECRET}{n}") for n in range(2)]
+        with Wire(*signed) as hub:
+            assert client(hub, auth=SECRET).fetch("a") == DATA
+            assert hub.targets == ["/a", "/a"]
+            assert store.targets == [f"/x?signature={SECRET}{n}" for n in range(2)]
+            assert all("authorization" not in request.headers for request in store.requests)
+
+
+def test_a_signed_address_that_stays_refused_is_resolved_once_more_and_no_further(client: Open) -> None:
+    with Wire(always=answer(status=403)) as store:
+        with Wire(always=answer(status=302, location=f"{store.url}/x?signature={SECRET}")) as hub:
+            with pytest.raises(HttpError) as caught:
+                client(hub, retry=QUICK).fetch("a")
+            assert len(hub.requests) == len(store.requests) == 2
+        assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 def test_own_headers_do_not_undo_ours(client: Open) -> None:
