@@ -1,0 +1,65 @@
+"""One large object from an origin that is as fast as the machine: to memory, and to the disk cache.
+
+To the disk is to the same file system for all, in memory where the system has one: the disk is not what is measured.
+Ours verifies what it writes to the cache and flushes it; the others do neither.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+from ._harness import OURS, Bar, Case
+from ._origin import MIB, folder, served, write_object
+from ._sides import Effort, in_turns, sides
+
+TO_MEMORY = ("obstore", "fsspec", "curl", "requests")
+TO_DISK = ("obstore", "hf_transfer", "huggingface_hub", "fsspec", "pypdl", "aria2c", "curl", "requests")
+DELIVERS_NOWHERE = "curl"
+
+
+def cases(smallest: bool) -> Iterator[Case]:
+    size, rounds = (2 * MIB, 1) if smallest else (2048 * MIB, 5)
+    peers = ("curl", "requests") if smallest else None
+    with folder() as root, folder() as target:
+        write_object(root / "object", size)
+        with served(root) as origin:
+            with sides(peers or TO_MEMORY) as (there, absent):
+                details = {"url": origin.url, "path": "object", "size": size}
+                efforts = in_turns(there, "whole", rounds, **details)
+                yield compared(f"to memory, from {origin.server}", efforts, absent, size)
+            with sides(peers or TO_DISK) as (there, absent):
+                efforts = in_turns(there, "whole", rounds, to=str(target / "here"), **details)
+                yield compared(f"to the disk, from {origin.server}", efforts, absent, size, most_memory=64)
+
+
+def compared(
+    name: str, efforts: dict[str, list[Effort]], absent: tuple[str, ...], size: int, *, most_memory: float = 0
+) -> Case:
+    samples = {side: [effort.seconds for effort in each] for side, each in efforts.items()}
+    notes = {side: note(each, size) for side, each in efforts.items()}
+    case = Case(f"{size / MIB:g} MiB {name}", samples, absent=absent, work=size / 1e9, unit="GB", notes=notes)
+    nowhere = DELIVERS_NOWHERE if not most_memory else None
+    rivals = [side for side in samples if side not in (OURS, nowhere)]
+    bars = []
+    if rivals:
+        best = min(rivals, key=case.median)
+        bars.append(Bar(f"faster than {best}", case.ratio(best), at_least=1.5, unit=" ×"))
+    if "curl" in efforts:
+        share = cpu(efforts[OURS]) / cpu(efforts["curl"])
+        bars.append(Bar("processor time, of curl's", share, at_most=1, unit=" ×"))
+    if most_memory:
+        bars.append(Bar("memory beside", peak(efforts[OURS]) / MIB, at_most=most_memory, unit=" MiB"))
+    return Case(case.name, samples, tuple(bars), absent, case.work, case.unit, notes)
+
+
+def note(efforts: list[Effort], size: int) -> str:
+    return f"{cpu(efforts) / size * 1e9:.2f} s/GB of processor, {peak(efforts) / MIB:.0f} MiB"
+
+
+def cpu(efforts: list[Effort]) -> float:
+    return statistics.median(effort.cpu for effort in efforts)
+
+
+def peak(efforts: list[Effort]) -> float:
+    return statistics.median(effort.peak for effort in efforts)
