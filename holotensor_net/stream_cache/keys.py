@@ -41,8 +41,8 @@ _BLOCK = 1 << 20  # bytes that are brought into order at a time
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-Hash: TypeAlias = "CacheKey | Buffer"
-"""A key, or a digest that was made elsewhere."""
+Hash: TypeAlias = "CacheKey | Buffer | str"
+"""A key, or a digest that was made elsewhere: its bytes, or its text, which are not the same."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -90,12 +90,12 @@ class CacheKey:
     @classmethod
     def for_state(cls, config_hash: Hash, training_data_hash: Hash) -> CacheKey:
         """The key of a trained state: how it was trained, and on what."""
-        return cls._made("state", map(_bytes, (config_hash, training_data_hash)))
+        return cls._made("state", map(_hash, (config_hash, training_data_hash)))
 
     @classmethod
     def for_chunk(cls, config_hash: Hash, state_hash: Hash, chunk_hash: Hash) -> CacheKey:
         """The key of a result: the filter's configuration, its trained state, and the data."""
-        return cls._made("chunk", map(_bytes, (config_hash, state_hash, chunk_hash)))
+        return cls._made("chunk", map(_hash, (config_hash, state_hash, chunk_hash)))
 
     @classmethod
     def _made(cls, purpose: str, rows: Iterable[bytes]) -> CacheKey:
@@ -140,7 +140,11 @@ def _text(value: str) -> bytes:
     return _row(b"s", value.encode("utf-8", "surrogatepass"))
 
 
-def _bytes(value: Hash) -> bytes:
+def _hash(value: Hash) -> bytes:
+    return _text(value) if isinstance(value, str) else _bytes(value)
+
+
+def _bytes(value: CacheKey | Buffer) -> bytes:
     if isinstance(value, CacheKey):
         return _row(b"k", value.digest)
     if not isinstance(value, bytes | bytearray | memoryview | mmap.mmap):
@@ -231,6 +235,8 @@ def _other(value: Any) -> bytes:
     """The row of what its exact type alone does not tell."""
     numpy = sys.modules.get("numpy")  # where it was never imported, there is no array
     if numpy is not None and isinstance(value, numpy.generic):
+        if isinstance(value, numpy.character) and not value:  # in an array it would be as long as a NUL
+            return _row(b"n", _text(value.dtype.kind))
         return _row(b"n", _array(numpy.asarray(value), value))
     if numpy is not None and type(value) in (numpy.ndarray, numpy.memmap):
         return _row(b"a", _array(value, value))

@@ -173,6 +173,11 @@ DIFFERENT: dict[str, Any] = {
     "wide texts": np.array(["a"], "U2"),
     "byte strings": np.array([b"a"]),
     "text scalar": np.str_("a"),
+    "text scalar, empty": np.str_(""),
+    "text scalar, NUL": np.str_("\0"),
+    "text scalar and NUL": np.str_("a\0"),
+    "bytes scalar, empty": np.bytes_(b""),
+    "bytes scalar, NUL": np.bytes_(b"\0"),
     "void": np.array([b"ab"], "V2"),
     "bfloat16": np.ones(2, ml_dtypes.bfloat16),
     "bfloat16 as void": np.ones(2, ml_dtypes.bfloat16).view("V2"),
@@ -280,6 +285,11 @@ GOLDEN = {
     "wide texts": "6f1b1996048ff3c3",
     "byte strings": "154c7b0d64ef0ef8",
     "text scalar": "05beea35c4319ad3",
+    "text scalar, empty": "4d5511e5342253e5",
+    "text scalar, NUL": "af6e7f46d7f019b2",
+    "text scalar and NUL": "1694a561f98d5c1b",
+    "bytes scalar, empty": "a5147dccc6085a17",
+    "bytes scalar, NUL": "aebf18c3002fff0d",
     "void": "7e4e2ac585e89b77",
     "bfloat16": "fb992b19e92ea354",
     "bfloat16 as void": "25c5eccfc6ada6d6",
@@ -457,11 +467,17 @@ def test_field_that_is_not_set_is_refused() -> None:
 
 
 def test_parts_that_are_no_bytes_are_refused() -> None:
-    for made in (CacheKey.from_parts, lambda part: CacheKey.for_state(part, b""), CacheKey):
+    for made, part in ((CacheKey.from_parts, "text"), (lambda part: CacheKey.for_state(part, b""), 5), (CacheKey, "a")):
         with pytest.raises(TypeError, match=r"CacheKey\.of"):
-            made("text")  # type: ignore[arg-type]
+            made(part)  # type: ignore[operator]
     with pytest.raises(TypeError, match="cast"):
         CacheKey.from_parts(memoryview(GRID))
+
+
+def test_digests_made_elsewhere_may_be_text() -> None:
+    made = {CacheKey.for_state(*digests) for digests in (("ab", "c"), ("a", "bc"), (b"ab", b"c"), ("ab", b"c"))}
+    assert len(made) == 4
+    assert CacheKey.for_chunk("a", "b", "c") == CacheKey.for_chunk("a", "b", "c") != CacheKey.for_chunk("a", "b", "d")
 
 
 # --- nothing that is different goes by the same key
