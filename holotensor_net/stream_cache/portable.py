@@ -4,7 +4,8 @@ In the document None, bools, text, ordinary numbers and lists are JSON's own. An
 its kind and what it is::
 
     {"tuple": […]}  {"set": […]}  {"frozenset": […]}  {"dict": [[key, value], …]}
-    {"int": "0x…"}  {"float": "hex"}  {"complex": "hex"}       where JSON would lose bits
+    {"int": "0x…"}  {"float": "hex"}  {"complex": "hex"}       where JSON would lose bits,
+    {"text": "hex"}                                            or join two halves of a surrogate pair
     {"bytes": place}  {"array": [place, name]}  {"scalar": [place, name]}
 
 A place is the bytes themselves in hex, if they are few, or the number of an attachment. Arrays lie there in the layout
@@ -69,7 +70,7 @@ def unpack(document: Any, files: Sequence[memoryview]) -> Any:
 
 def _packed(value: Any, files: list[Attachment]) -> Any:
     kind = type(value)
-    if kind in (type(None), bool, str):
+    if kind in (type(None), bool):
         return value
     if kind in _PACK:
         return _PACK[kind](value, files)
@@ -77,8 +78,18 @@ def _packed(value: Any, files: list[Attachment]) -> Any:
     if numpy is not None and kind is numpy.ndarray:
         return {"array": _packed_array(value, files)}
     if numpy is not None and isinstance(value, numpy.generic):
+        if isinstance(value, numpy.character) and numpy.asarray(value)[()] != value:
+            raise _Unportable  # it ends with NULs, which arrays do not keep
         return {"scalar": _packed_array(numpy.asarray(value), files)}
     raise _Unportable
+
+
+def _text(value: str, files: list[Attachment]) -> Any:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return {"text": value.encode("utf-8", "surrogatepass").hex()}
+    return value
 
 
 def _several(value: Any, files: list[Attachment]) -> Any:
@@ -89,6 +100,7 @@ _PACK: dict[type, Callable[[Any, list[Attachment]], Any]] = {
     int: lambda value, _: value if abs(value) < _EXACT else {"int": hex(value)},
     float: lambda value, _: value if math.isfinite(value) else {"float": struct.pack("<d", value).hex()},
     complex: lambda value, _: {"complex": struct.pack("<dd", value.real, value.imag).hex()},
+    str: _text,
     bytes: lambda value, files: {"bytes": _placed((value,), files)},
     list: _several,
     tuple: lambda value, files: {"tuple": _several(value, files)},
@@ -101,6 +113,7 @@ _UNPACK: dict[str, Callable[[Any, Sequence[memoryview]], Any]] = {
     "int": lambda text, _: int(text, 16),
     "float": lambda text, _: struct.unpack("<d", bytes.fromhex(text))[0],
     "complex": lambda text, _: complex(*struct.unpack("<dd", bytes.fromhex(text))),
+    "text": lambda text, _: bytes.fromhex(text).decode("utf-8", "surrogatepass"),
     "bytes": lambda place, files: bytes(_found(place, files)),
     "tuple": lambda parts, files: tuple(_unpacked(part, files) for part in parts),
     "set": lambda parts, files: {_unpacked(part, files) for part in parts},

@@ -102,6 +102,11 @@ def test_array_comes_back_as_it_was(array: Any) -> None:
         assert back.flags.f_contiguous == array.flags.f_contiguous
 
 
+@pytest.mark.parametrize("text", ["", "ä", "\ud800", "\ud83d\ude00", "\U0001f600", "a\0", '"\\'], ids=ascii)
+def test_text_comes_back_with_every_surrogate(text: str) -> None:
+    assert through_files([text, {text: text}]) == [text, {text: text}]
+
+
 def test_order_of_a_dict_comes_back() -> None:
     assert list(through_files({"b": 1, "a": 2, 0: 3})) == ["b", "a", 0]
 
@@ -146,6 +151,8 @@ def test_small_values_need_no_file() -> None:
         np.zeros(3, [("a", ml_dtypes.bfloat16)]),
         np.zeros(2, [("a" * 70_000, "u1")]),
         np.zeros(2, [("\u0100", "u1")]),
+        [np.str_("a\0")],
+        np.bytes_(b"\0"),
     ],
     ids=[
         "object",
@@ -157,6 +164,8 @@ def test_small_values_need_no_file() -> None:
         "of others",
         "wide",
         "foreign",
+        "text scalar and NUL",
+        "bytes scalar of NUL",
     ],
 )
 def test_what_no_file_can_hold_is_left_out(value: Any) -> None:
@@ -183,6 +192,8 @@ NPY = np.lib.format.magic(1, 0) + struct.pack("<H", 9)
         {"complex": 5},
         {"bytes": 7},
         {"bytes": "0"},
+        {"text": "ff"},
+        {"text": 5},
         {"tuple": 5},
         {"set": [[]]},
         {"dict": [[1]]},
