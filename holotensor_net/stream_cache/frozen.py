@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Frozen", "freeze"]
 
-_SMALL = 32  # bytes that a number counts for
+_SMALL = 32  # bytes that a number counts for, or a container of nothing
 
 Array: TypeAlias = "npt.NDArray[Any]"
 
@@ -57,7 +57,7 @@ class _Array:
 
 @dataclass(frozen=True, slots=True)
 class _Several:
-    """A list, tuple, set or frozenset."""
+    """A list, tuple, named tuple, set or frozenset."""
 
     kind: Callable[[Any], Any]
     parts: tuple[Frozen, ...]
@@ -93,8 +93,9 @@ def freeze(value: object, *, keep: bool = False) -> Frozen:
     """The value as it is now; what is done to it afterwards does not show.
 
     Arrays are copied unless they lie in bytes already; bytes-likes come back as bytes. An object of another kind than
-    arrays, numbers, text, bytes, and lists, tuples, sets and dicts of these is deep-copied, here and each time that it
-    is thawed. With ``keep``, what would be copied is kept as it is, and it is for the caller not to change it.
+    arrays, numbers, text, bytes, and lists, tuples (named ones too), sets and dicts of these is deep-copied, here and
+    each time that it is thawed. With ``keep``, what would be copied is kept as it is, and it is for the caller not to
+    change it.
 
     Raises TypeError for what cannot be copied.
     """
@@ -112,22 +113,22 @@ def _plain(value: object, keep: bool) -> Frozen:
     return _Plain(value, _SMALL)
 
 
-def _long(value: str | bytes, keep: bool) -> Frozen:
-    return _Plain(value, len(value))
+def _text(value: str, keep: bool) -> Frozen:
+    return _Plain(value, len(value) if value.isascii() else sys.getsizeof(value))
 
 
-def _bytes(value: bytearray | memoryview, keep: bool) -> Frozen:
-    return _long(bytes(value), keep)
+def _bytes(value: bytes | bytearray | memoryview, keep: bool) -> Frozen:
+    return _Plain(bytes(value), len(value) if isinstance(value, bytes) else memoryview(value).nbytes)
 
 
 def _several(value: Any, keep: bool) -> Frozen:
     parts = tuple(_part(part, keep) for part in value)
-    return _Several(type(value), parts, sum(part.nbytes for part in parts))
+    return _Several(getattr(value, "_make", type(value)), parts, sum(part.nbytes for part in parts) or _SMALL)
 
 
 def _table(value: dict[Any, Any], keep: bool) -> Frozen:
     pairs = tuple((_part(key, keep), _part(part, keep)) for key, part in value.items())
-    return _Table(pairs, sum(key.nbytes + part.nbytes for key, part in pairs))
+    return _Table(pairs, sum(key.nbytes + part.nbytes for key, part in pairs) or _SMALL)
 
 
 def _other(value: Any, keep: bool) -> Frozen:
@@ -136,23 +137,31 @@ def _other(value: Any, keep: bool) -> Frozen:
         return _array(value)
     if numpy is not None and isinstance(value, numpy.generic) and not isinstance(value, numpy.void):
         return _Plain(value, value.nbytes)
+    if isinstance(value, tuple) and hasattr(value, "_make") and not getattr(value, "__dict__", None):
+        return _several(value, keep)
     if keep:
-        return _Plain(value, sys.getsizeof(value))
+        return _Plain(value, _size_of(value))
+    copies: dict[int, Any] = {}  # everything that can change, wherever it is in the value
     try:
-        own = copy.deepcopy(value)
+        own = copy.deepcopy(value, copies)
     except Exception as error:
         raise TypeError(
             f"a {type(value).__qualname__} cannot be kept ({error}): make it arrays, numbers, text, bytes, or lists,"
             " tuples, sets and dicts of these"
         ) from error
-    nbytes = getattr(own, "nbytes", None)  # data frames, tensors
-    return _Copied(own, nbytes if isinstance(nbytes, int) else sys.getsizeof(own))
+    parts = {id(part): part for part in (own, *copies.values())}
+    return _Copied(own, sum(map(_size_of, parts.values())))
+
+
+def _size_of(value: object) -> int:
+    nbytes = getattr(value, "nbytes", None)  # arrays, tensors
+    return nbytes if isinstance(nbytes, int) else sys.getsizeof(value)
 
 
 _FREEZE: dict[type, Callable[[Any, bool], Frozen]] = {
     **dict.fromkeys((type(None), bool, int, float, complex), _plain),
-    **dict.fromkeys((str, bytes), _long),
-    **dict.fromkeys((bytearray, memoryview), _bytes),
+    str: _text,
+    **dict.fromkeys((bytes, bytearray, memoryview), _bytes),
     **dict.fromkeys((list, tuple, set, frozenset), _several),
     dict: _table,
 }

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import collections
+import sys
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from holotensor_net.stream_cache.frozen import freeze
+
+
+class Factors(NamedTuple):
+    axes: Any
+    sizes: Any
+
 
 VALUES: dict[str, Any] = {
     "none": None,
@@ -22,6 +29,7 @@ VALUES: dict[str, Any] = {
     "bytes": b"abc",
     "a list": [1, [2.0, "x"], []],
     "a tuple": (1, (2, [3])),
+    "a named tuple": Factors([1], 2),
     "a set": {1, "a", (2, 3)},
     "a frozenset": frozenset({1, frozenset({2})}),
     "a dict": {"b": [1], "a": {"c": (2,)}, 3: None, (4, 5): {6}},
@@ -127,6 +135,7 @@ NESTED: dict[str, Any] = {
     "a list": [1, [2], np.arange(3)],
     "a tuple": ([1], {"a": np.arange(3)}),
     "a dict": {"a": [1, {2}], "b": {"c": np.arange(3)}},
+    "a named tuple": Factors(np.arange(3), [1]),
     "a set": {1, 2},
     "an ordered dict": collections.OrderedDict(a=[1]),
 }
@@ -181,11 +190,46 @@ def test_thawed_arrays_share_their_memory() -> None:
         ([np.zeros(100), b"a" * 70], 870),
         ({"ab": np.zeros(100)}, 802),
         (np.float32(1), 4),
-        (np.ma.zeros(100), 800),
+        (Factors(np.zeros(100), np.zeros(10)), 880),
     ],
 )
 def test_size_is_that_of_what_is_in_it(value: Any, nbytes: int) -> None:
     assert freeze(value).nbytes == nbytes
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.ma.zeros(1000),
+        collections.OrderedDict(a=np.zeros(1000)),
+        [collections.OrderedDict(a=[collections.deque([np.zeros(1000)])])],
+        "\U0001f600" * 2000,
+        [[] for _ in range(250)],
+        [{} for _ in range(250)],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_size_of_what_is_hidden_counts(value: Any) -> None:
+    assert 8000 <= freeze(value).nbytes < 12_000
+
+
+def test_size_of_what_is_kept_as_it_is_counts() -> None:
+    class Model:
+        nbytes = 1000
+
+    assert freeze([Model()], keep=True).nbytes == 1000
+    assert freeze(b"a" * 70, keep=True).nbytes == 70
+    assert freeze(memoryview(np.zeros(10))).nbytes == 80
+    assert freeze(object(), keep=True).nbytes == sys.getsizeof(object())
+
+
+def test_named_tuple_that_carries_more_is_copied_whole() -> None:
+    class Labelled(Factors):
+        label = ""
+
+    value = Labelled([1], 2)
+    value.label = "a"
+    assert freeze(value).thaw().label == "a"
 
 
 def test_size_of_anything_is_known() -> None:
