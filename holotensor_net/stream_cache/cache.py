@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,8 +43,8 @@ class StreamCache:
 
     What goes in is copied, and what comes out can do no harm: arrays are read-only, containers the caller's own. Values
     are NumPy arrays, numbers, text, bytes (for any bytes-like), and lists, tuples, sets and dicts of these; other
-    objects are deep-copied for every caller, and stay in memory. Thread-safe, and usable after a fork. ``clock`` gives
-    seconds. Raises ConfigurationError for limits that are no whole numbers.
+    objects are deep-copied for every caller, and stay in memory, as named tuples do. Thread-safe, and usable after a
+    fork. ``clock`` gives seconds. Raises ConfigurationError for limits that are no whole numbers.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class StreamCache:
         self._clock = clock
         self._states: dict[str, tuple[CacheKey, Frozen]] = {}
         self._open()
+        _watch_over(self)
 
     def _open(self) -> None:
         self._memory = MemoryTier(*self._limits)
         self._disk = None if self._folder is None else DiskTier(ResultStore(self._folder, self._max_disk_size))
-        self._pid = os.getpid()
 
     def load_state(self, filter_id: str, state_key: CacheKey, state: object) -> None:
         """Give a filter its trained state, in place of the one that it had.
@@ -103,7 +104,7 @@ class StreamCache:
 
     def get_chunk(self, chunk_key: CacheKey) -> Any:
         """The result under a key; None if it is not there. Counts as a hit or a miss."""
-        memory = self._here()
+        memory = self._memory
         held = memory.get(chunk_key.digest)
         if held is None:
             held = self._from_disk(memory, chunk_key)
@@ -114,7 +115,7 @@ class StreamCache:
 
     def put_chunk(self, chunk_key: CacheKey, value: object) -> None:
         """Keep a result under a key, in place of what was there. Raises TypeError for what cannot be copied."""
-        self._keep(self._here(), chunk_key, Held(freeze(value)))
+        self._keep(self._memory, chunk_key, Held(freeze(value)))
 
     def key_of(
         self,
@@ -185,23 +186,23 @@ class StreamCache:
 
     def stats(self) -> StreamCacheStats:
         """The figures of this moment, this process's alone."""
-        return self._here().stats(len(self._states))
+        return self._memory.stats(len(self._states))
 
     def clear(self) -> None:
-        """Forget all results, in memory and on the disk. States stay, counters go on. Raises CacheError."""
-        self._here().clear()
-        if self._disk is not None:
-            self._disk.store.clear()
+        """Forget all results, in memory and on the disk. States stay, counters go on.
 
-    def _here(self) -> MemoryTier:
-        """The memory tier; a new one in the child of a fork, where the threads that held its locks are gone."""
-        if self._pid != os.getpid():
-            self._open()
-        return self._memory
+        Of those that are being computed, each goes to whoever asked before, and is not kept. Raises CacheError.
+        """
+        self._memory.clear()
+        if self._disk is not None:
+            try:
+                self._disk.store.clear()
+            finally:
+                self._memory.clear()  # of what was still read from the disk
 
     def _once(self, key: CacheKey, compute: Callable[[], Held]) -> Held:
         """What is there, or what one thread finds or computes while the others wait for it."""
-        memory = self._here()
+        memory = self._memory
         while True:
             held = memory.get(key.digest) or self._join(memory, key, compute)
             if held is not None:
@@ -209,61 +210,88 @@ class StreamCache:
 
     def _join(self, memory: MemoryTier, key: CacheKey, compute: Callable[[], Held]) -> Held | None:
         """The result, waited for or computed; None if whoever was at it was interrupted."""
-        mine = Flight()
-        found = memory.join(key.digest, mine)
+        mine, found = Flight(), None
         try:
+            found = memory.join(key.digest, mine)
             if isinstance(found, Held):
                 return found
             if found is mine:
-                return self._lead(memory, key, mine, compute)
-            if found.leader == mine.leader:
-                return compute()  # the function asks for what it is about to give
-            held = found.outcome()
-            if held is not None:
-                memory.count(held)
-            return held
+                mine.held = self._found_or_computed(memory, key, compute)
+                return mine.held
+            if found.leader == mine.leader:  # the function asks for what it is about to give
+                memory.count(None)
+                return compute()
+            return self._awaited(memory, found)
+        except Exception as error:
+            mine.error = error
+            raise
         finally:
+            mine.land()
+            memory.leave(key.digest, mine)
             del mine, found  # an error holds this frame, which must not hold the error
 
-    def _lead(self, memory: MemoryTier, key: CacheKey, flight: Flight, compute: Callable[[], Held]) -> Held:
-        """Find or compute what the others wait for."""
+    def _found_or_computed(self, memory: MemoryTier, key: CacheKey, compute: Callable[[], Held]) -> Held:
+        epoch = memory.epoch
+        held = self._from_disk(memory, key)
+        memory.count(held)
+        if held is None:
+            held = compute()
+            self._keep(memory, key, held, epoch)
+        return held
+
+    def _awaited(self, memory: MemoryTier, flight: Flight) -> Held | None:
         try:
-            held = self._from_disk(memory, key)
-            memory.count(held)
-            if held is None:
-                held = compute()
-                self._keep(memory, key, held)
-        except BaseException as error:
-            memory.leave(key.digest)
-            flight.crash(error)
+            held = flight.outcome()
+        except Exception:
+            memory.count(None)
             raise
-        else:
-            memory.leave(key.digest)
-            flight.land(held)
-            return held
         finally:
             del flight
+        if held is not None:
+            memory.count(held)
+        return held
 
     def _from_disk(self, memory: MemoryTier, key: CacheKey) -> Held | None:
         disk = self._disk
         if disk is None:
             return None
         with disk.turn(key):
+            epoch = memory.epoch
             held = memory.peek(key.digest)  # by now
             if held is None:
                 held = disk.get(key)
                 if held is not None:
-                    memory.put(key.digest, held)
+                    memory.put(key.digest, held, epoch)
             return held
 
-    def _keep(self, memory: MemoryTier, key: CacheKey, held: Held) -> None:
+    def _keep(self, memory: MemoryTier, key: CacheKey, held: Held, epoch: int | None = None) -> None:
         disk = self._disk
         if disk is None:
-            memory.put(key.digest, held)
+            memory.put(key.digest, held, epoch)
             return
         with disk.turn(key):
             disk.put(key, held)
-            memory.put(key.digest, held)
+            if not memory.put(key.digest, held, epoch):
+                disk.remove(key)
+
+
+_hooked = False
+_alive: weakref.WeakSet[StreamCache] = weakref.WeakSet()
+
+
+def _watch_over(cache: StreamCache) -> None:
+    """Have the tiers made anew in a child process, where the threads that held their locks are gone."""
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_open_all)
+    _alive.add(cache)
+
+
+def _open_all() -> None:
+    for cache in list(_alive):
+        cache._open()
 
 
 def _key_of(

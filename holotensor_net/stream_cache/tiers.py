@@ -56,34 +56,30 @@ class Held:
 class Flight:
     """A result that one thread, its leader, finds or computes, and others wait for.
 
-    The lock is free once it is there.
+    The lock is free once the flight has landed: then ``held`` or ``error`` is there, or neither, if the leader alone
+    was stopped, by Ctrl-C for one. ``land`` is a single step, so that no interrupt can come before its effect.
     """
 
     def __init__(self) -> None:
         self.leader = threading.get_ident()
-        self._held: Held | None = None
-        self._error: Exception | None = None
+        self.held: Held | None = None
+        self.error: Exception | None = None
         self._landing = threading.Lock()
         self._landing.acquire()
+        self.land = self._landing.release
 
-    def land(self, held: Held) -> None:
-        self._held = held
-        self._landing.release()
-
-    def crash(self, error: BaseException) -> None:
-        """Let those who wait raise the error, too; what ends the leader alone, such as Ctrl-C, makes them ask again."""
-        if isinstance(error, Exception):
-            self._error = error
-        self._landing.release()
+    @property
+    def has_landed(self) -> bool:
+        return not self._landing.locked()
 
     def outcome(self) -> Held | None:
-        """The result, once it is there; None if the leader was interrupted. Raises what the computation raised."""
+        """The result, once it is there; None if there is to be none. Raises what the computation raised."""
         with self._landing:
             pass
         try:
-            if self._error is not None:
-                raise self._error
-            return self._held
+            if self.error is not None:
+                raise self.error
+            return self.held
         finally:
             del self  # the error holds this frame, which must not hold the error
 
@@ -101,10 +97,12 @@ class _Counting(LRUCache[bytes, Held]):
 class MemoryTier:
     """The results used last, ``max_chunks`` and ``max_bytes`` of them at most; those on their way; the count of all.
 
-    Named by the digests of their keys. The lock guards everything, for the time of a move.
+    Named by the digests of their keys. The lock guards everything, for the time of a move. ``epoch`` changes with
+    :meth:`clear`; whatever began in an earlier one comes too late to be held.
     """
 
     def __init__(self, max_chunks: int, max_bytes: float) -> None:
+        self.epoch = 0
         self._max_chunks = max_chunks
         self._held = _Counting(max_bytes, getsizeof=lambda held: held.value.nbytes)
         self._flights: dict[bytes, Flight] = {}
@@ -122,26 +120,34 @@ class MemoryTier:
         with self._lock:
             return self._held.get(digest)
 
-    def put(self, digest: bytes, held: Held) -> None:
-        """Hold it, or, where it is too large, at least not what was there before."""
+    def put(self, digest: bytes, held: Held, epoch: int | None = None) -> bool:
+        """Hold it, or, where it is too large, at least not what was there before; False if it comes too late."""
         with self._lock:
+            if epoch not in (None, self.epoch):
+                return False
             self._held.pop(digest, None)
             with contextlib.suppress(ValueError):
                 self._held[digest] = held
             while len(self._held) > self._max_chunks:
                 self._held.popitem()
+            return True
 
     def join(self, digest: bytes, mine: Flight) -> Held | Flight:
-        """The result, as in :meth:`get`; or the flight that it is on: ``mine`` if there was none.
-
-        That one ends with :meth:`leave`.
-        """
+        """The result, as in :meth:`get`; or the flight that it is on: ``mine`` if there is none."""
         with self._lock:
-            return self._find(digest) or self._flights.setdefault(digest, mine)
+            held = self._find(digest)
+            if held is not None:
+                return held
+            flight = self._flights.get(digest)
+            if flight is None or flight.has_landed:
+                flight = self._flights[digest] = mine
+            return flight
 
-    def leave(self, digest: bytes) -> None:
+    def leave(self, digest: bytes, mine: Flight) -> None:
+        """Let the next to ask begin anew, where it was ``mine`` that was joined."""
         with self._lock:
-            del self._flights[digest]
+            if self._flights.get(digest) is mine:
+                del self._flights[digest]
 
     def count(self, held: Held | None) -> None:
         """One more question: answered by ``held``, or missed."""
@@ -153,8 +159,11 @@ class MemoryTier:
                 self._seconds_saved += held.seconds
 
     def clear(self) -> None:
+        """Hold nothing, neither now nor when what is on its way arrives."""
         with self._lock:
+            self.epoch += 1
             self._held.clear()
+            self._flights.clear()
 
     def stats(self, states: int) -> StreamCacheStats:
         with self._lock:
@@ -209,9 +218,12 @@ class DiskTier:
         with self._tolerant():
             if packed is not None:
                 value, files = packed
-                self.store.put(key.hex, {"value": value, "seconds": held.seconds}, files)
+                self.store.put(key.hex, {"value": value, "seconds": float(held.seconds)}, files)
                 return
             self._warn(type(held.value), "a result stays in memory, for a file cannot hold it without a pickle")
+        self.remove(key)
+
+    def remove(self, key: CacheKey) -> None:
         with self._tolerant():
             self.store.remove(key.hex)
 

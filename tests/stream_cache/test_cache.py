@@ -6,6 +6,7 @@ import collections
 import functools
 import gc
 import inspect
+import itertools
 import logging
 import os
 import random
@@ -15,6 +16,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -363,6 +365,7 @@ def test_function_may_ask_for_its_own_result(cache: StreamCache) -> None:
     assert cache.run("f", curious, 1) == "in the end"
     assert cache.run("f", curious, 1) == "in the end"
     assert depth == 3
+    assert (cache.hits, cache.misses) == (1, 3)
 
 
 # --- nobody spoils it for the next
@@ -476,6 +479,7 @@ def test_error_reaches_all_and_the_next_computes_again(cache: StreamCache, waiti
     together(64, work)
     assert counted.calls == 1
     assert len(errors) == 64
+    assert (cache.hits, cache.misses) == (0, 64)  # all asked, and it was there for none
     assert cache.run("f", Counted(), 1, version=1) == 2
 
 
@@ -500,6 +504,83 @@ def test_interrupted_computation_is_taken_over(cache: StreamCache, waiting: thre
     together(8, work)
     assert sorted(map(str, results)) == ["2"] * 7 + ["interrupted"]
     assert counted.calls == 2
+
+
+def interrupted_at(step: int, ask: Callable[[], object]) -> bool:
+    """Ask, and be interrupted where a function of the cache begins or a call in it ends: that is where signals come."""
+    left = step
+
+    def profile(frame: types.FrameType, event: str, _: Any) -> None:
+        nonlocal left
+        if event != "c_call" and Path(frame.f_code.co_filename).name in ("cache.py", "tiers.py"):
+            left -= 1
+            if left < 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        ask()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+def test_interrupt_at_any_step_strands_nobody(cache: StreamCache) -> None:
+    for step in itertools.count():
+        if not interrupted_at(step, lambda step=step: cache.run("f", double, step)):  # type: ignore[misc]
+            break
+        results: list[Any] = []
+        ask = functools.partial(lambda step, into: into.append(cache.run("f", double, step)), step, results)
+        next_one = threading.Thread(target=ask, daemon=True)
+        next_one.start()
+        next_one.join(30)
+        assert results == [2 * step]
+    assert step > 15
+
+
+def test_what_is_being_computed_is_not_kept_after_clear(cache: StreamCache) -> None:
+    begun, cleared, results = threading.Event(), threading.Event(), []
+
+    def slow(state: Any, chunk: Any) -> Any:
+        begun.set()
+        assert cleared.wait(30)
+        return "old"
+
+    asker = threading.Thread(target=lambda: results.append(cache.run("f", slow, 1, version=1)))
+    asker.start()
+    assert begun.wait(30)
+    cache.clear()
+    assert cache.run("f", lambda state, chunk: "new", 2, version=1, chunk_key=KEYS[1]) == "new"  # does not wait
+    key = cache.key_of("f", slow, 1, version=1)
+    cleared.set()
+    asker.join(30)
+    assert results == ["old"]
+    assert cache.get_chunk(key) is None
+    assert cache.run("f", slow, 1, version=1) == "old"
+    assert cache.get_chunk(key) == "old"
+
+
+def test_new_state_does_not_get_what_is_computed_with_the_old(cache: StreamCache) -> None:
+    begun, loaded, results = threading.Event(), threading.Event(), []
+
+    def slow(state: Any, chunk: Any) -> Any:
+        begun.set()
+        assert loaded.wait(30)
+        return state
+
+    cache.load_state("f", KEYS[0], "old")
+    asker = threading.Thread(target=lambda: results.append(cache.run("f", slow, 1)))
+    asker.start()
+    assert begun.wait(30)
+    cache.load_state("f", KEYS[1], "new")
+    loaded.set()
+    assert cache.run("f", slow, 1) == "new"
+    asker.join(30)
+    assert results == ["old"]
+    assert cache.run("f", slow, 1) == "new"
 
 
 def test_threads_with_different_chunks_do_not_wait_for_each_other(cache: StreamCache) -> None:
@@ -797,6 +878,27 @@ def test_what_came_into_memory_meanwhile_is_not_read_again(tmp_path: Path, monke
 
     monkeypatch.setattr(tiers.DiskTier, "turn", late)
     assert cache.get_chunk(KEYS[0]) == "meanwhile"
+
+
+def test_what_is_read_while_all_is_cleared_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = StreamCache(1, disk=tmp_path)
+    cache.put_chunk(KEYS[0], "old")
+    clear = ResultStore.clear
+
+    def clear_late(store: ResultStore) -> None:
+        assert cache.get_chunk(KEYS[0]) == "old"  # from the disk, into memory
+        clear(store)
+
+    monkeypatch.setattr(ResultStore, "clear", clear_late)
+    cache.clear()
+    assert cache.get_chunk(KEYS[0]) is None
+
+
+def test_time_may_come_in_whole_seconds(tmp_path: Path) -> None:
+    for _ in range(2):
+        cache = StreamCache(1, disk=tmp_path, clock=lambda: 5)
+        assert cache.run("f", double, 1) == 2
+    assert cache.hits == 1
 
 
 def test_disk_that_fails_costs_nothing_but_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
