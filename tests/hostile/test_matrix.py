@@ -105,7 +105,6 @@ def _load(loader: NetworkLoader, case: Case) -> LoadResult:
     return loader.load(LoadRequest(case.key, case.path, byte_range=RangeRequest(*case.wanted)))
 
 
-@pytest.mark.xfail(reason="there is no retry budget for a host yet", strict=True)
 def test_32_a_storm_meets_one_budget_for_the_host(addresses: Addresses, tmp_path: Path) -> None:
     storm = [_case("32-busy", seed, lasting=True) for seed in range(300)]
     with NetworkLoader(_settings(addresses, tmp_path)) as loader, ThreadPoolExecutor(8) as callers:
