@@ -41,7 +41,7 @@ from ..values import HeadInfo, RangeRequest
 from . import guards
 from .digests import LINKED, check_digests
 from .retry import HOSTS, LONGEST_RETRY_AFTER, Allowance, Patience, retrying
-from .sockets import LiveSockets, pool_classes
+from .sockets import Interrupt, LiveSockets, pool_classes
 from .transfer import Answer, Ask, OpenSink, Transfer, Write
 from .translation import translated
 
@@ -195,13 +195,15 @@ class HttpClient:
         on_bytes: Callable[[int], None] = lambda _: None,
         on_retry: Callable[[NetworkError], None] = lambda _: None,
         compressed: bool = False,
+        interrupt: Interrupt | None = None,
     ) -> Answer:
         """Move what ``ask`` names into the sink, however many requests it takes; the engine's door.
 
         ``on_bytes`` is told of every block as it arrives, and may wait (a rate limit) or raise; ``on_retry`` of every
-        failure that is followed by another attempt. Raises ObjectChanged when the version moves under the transfer,
-        RangeNotSupported for a 200 to a range, ConfigurationError for an empty range, RetriesExhausted, and the rest
-        of the tree.
+        failure that is followed by another attempt. ``interrupt`` cuts the transfer's connections; its event belongs
+        into ``patience``, which says in what error that ends. Raises ObjectChanged when the version moves under the
+        transfer, RangeNotSupported for a 200 to a range, ConfigurationError for an empty range, RetriesExhausted, and
+        the rest of the tree.
         """
         self._settle()
         patience, allowance = patience or self._patience(), Allowance(self._host)
@@ -221,7 +223,7 @@ class HttpClient:
                     )
             raise ProtocolError("the server keeps sending less than it was asked for")
 
-        with self._told_where(ask.path, wanted):
+        with self._told_where(ask.path, wanted), self._sockets.interruptible(interrupt):
             if wanted is not None and not wanted.length:
                 raise ConfigurationError("HTTP cannot ask for an empty range: ask for one byte or more")
             retrying(self.config.retry, patience, may_retry=allowance.pays, on_retry=on_retry)(attempt)
