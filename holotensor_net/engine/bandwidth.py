@@ -9,6 +9,8 @@ from ..errors import ConfigurationError
 
 __all__ = ["BandwidthMonitor"]
 
+_BLOCK = 64
+
 
 class BandwidthMonitor:
     """Bytes and the seconds that they took, as a rate: lately, and over all.
@@ -26,6 +28,8 @@ class BandwidthMonitor:
         self._total_seconds = 0.0
         self._recent_bytes = 0.0
         self._recent_seconds = 0.0
+        self._round_trips = [math.inf, math.inf]  # the least of this block of answers, and of the one before
+        self._answers = 0
 
     def record(self, bytes: int, duration: float) -> None:
         """Count bytes that came within ``duration`` seconds. Without a duration they are added to the measurement
@@ -46,6 +50,26 @@ class BandwidthMonitor:
             self._total_seconds += duration
             self._recent_bytes = self._recent_bytes * math.exp(-age) + bytes * weight
             self._recent_seconds = self._recent_seconds * math.exp(-age) + duration * weight
+
+    def record_round_trip(self, seconds: float) -> None:
+        """Count the seconds from a question to the first bytes of its answer."""
+        if not 0 < seconds < math.inf:
+            return
+        with self._lock:
+            self._answers += 1
+            if self._answers % _BLOCK == 0:
+                self._round_trips = [math.inf, self._round_trips[0]]
+            self._round_trips[0] = min(self._round_trips[0], seconds)
+
+    @property
+    def round_trip(self) -> float:
+        """The least seconds from a question to its answer, of the last hundred or so; 0 before anything is known.
+
+        The least, as all the rest of what an answer may take is not the path's: connecting, queues, the server's disk.
+        """
+        with self._lock:
+            least = min(self._round_trips)
+            return least if least < math.inf else 0.0
 
     @property
     def current_bandwidth(self) -> float:

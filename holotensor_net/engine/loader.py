@@ -30,7 +30,6 @@ class LoaderStats:
 
     ``bytes_fetched`` came over the network, what was thrown away included; ``bytes_cached`` from the cache.
     ``connections`` are in use now, ``limit`` may be. ``queued``, ``completed`` and ``failed`` count fragments.
-    ``hedges`` are requests beside one that was slow.
     """
 
     bytes_fetched: int
@@ -43,7 +42,6 @@ class LoaderStats:
     connections: int
     limit: int
     bandwidth: float
-    hedges: int = 0
 
 
 class NetworkLoader:
@@ -166,7 +164,6 @@ class NetworkLoader:
             connections=scheduler.active,
             limit=scheduler.limit,
             bandwidth=scheduler.bandwidth,
-            hedges=fetcher.hedges,
         )
 
     def sync(self) -> None:

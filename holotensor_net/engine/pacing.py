@@ -2,8 +2,7 @@
 
 The controller looks for the least number of connections that fills the path. On most paths the rate grows in proportion
 to their number up to a knee and is flat above it; on some the bend is soft. So two numbers are compared by logarithms:
-*p* times the connections pay if the rate grows by more than a tenth of what proportion would bring, p^0.1. One rule for
-all pairs cannot creep: many small steps end where a large one does.
+*p* times the connections pay if the rate grows by more than p^0.05, which is 3.5 % for twice as many.
 """
 
 from __future__ import annotations
@@ -15,17 +14,23 @@ from ..errors import ConfigurationError
 
 __all__ = ["ConcurrencyController", "Interval", "RateBudget"]
 
-_LEAST_SHARE = 0.1  # of the proportional gain, below which more connections do not pay
-_LARGEST_SHARE = 0.35  # the same where the rate scatters so much that less cannot be told from none
+_LEAST_SHARE = 0.05  # of the proportional gain, below which more connections do not pay
 _EVIDENT_SHARE = 0.5  # believed at the first look
-_LOOKS = 5  # samples after which a trial ends, clear or not
+_RISING = 0.1  # of a logarithm, from one look to the next: connections that have just begun still grow faster
+_LOOKS = 8  # at a rung of the climb before it is given up: new connections take some round trips to show
+_DOUBT = 0.02  # of a logarithm: what short looks leave in doubt
+_LONGEST_RUNG = 0.5  # seconds after which the climb goes on if the rate still rises
+_SAMPLES = 4  # after which a trial at rest ends, clear or not
+_MORE_EVERY = 8  # samples at rest
+_FEWER_AFTER = 16  # samples at rest, doubled each time
+_FEWER_AT_LEAST_EVERY = 256
+_SHORT = 0.01  # seconds of a look, at least
+_LONG = 0.2  # seconds of a sample at rest, at least
+_CHANGE = 0.2  # of a logarithm: a rate so different is another path
 _PATIENCE = 20  # intervals in which a higher number may fail to come into use
-_REST = 8  # samples between two trials
-_MOST_RESTS = 8  # between two trials of fewer connections, which cost throughput
-_CHANGE = 0.25  # of a logarithm: a rate so different is another path
 _RETRY = 15.0  # seconds before a number that was refused is tried again
 _LONGEST_RETRY = 300.0
-_ENOUGH_BYTES = 256 * 1024  # of a sample; reads come in lumps
+_ENOUGH_BYTES = 128 * 1024  # of a sample; reads come in lumps
 _ENOUGH_SECONDS = 1.0
 
 
@@ -67,7 +72,8 @@ class Interval:
     """What was measured since the limit was last revised.
 
     ``active``: connections in use, on average. ``saturated``: whether work was waiting, so that their number was what
-    limited it. ``refusals``: answers that asked for less (429, 503), and timeouts. Long enough to hold many reads.
+    limited it. ``refusals``: answers that asked for less (429, 503), and timeouts. ``round_trip``: the least seconds
+    from a question to its answer that were seen; 0 if none has been yet.
     """
 
     seconds: float
@@ -75,20 +81,23 @@ class Interval:
     active: float
     saturated: bool
     refusals: int = 0
+    round_trip: float = 0.0
 
 
 class ConcurrencyController:
     """The least number of connections that fills the path: ``limit``, from 1 to ``ceiling``.
 
-    It rests at one number, the base, and tries others one at a time until it is clear which of the two is better::
+    It learns in one way: it tries another number and compares the rates. The best number so far is the base::
 
-        search    more, by as much again as the last step brought, while that pays; then fewer: half as many, or
-                  where a line from below the knee reaches the full rate; then rest
-        at rest   half as many more, after every eight samples; a third fewer, ever more rarely while nothing
-                  changes (steps are larger where the rate scatters); search anew when the rate is another
+        climb   twice as many, as long as that pays or the rate still rises: at the start, and when the path is another
+        fewer   half as many; if those are too few, half way back; ever more rarely while nothing changes
+        more    half as many again, every few seconds: what has become possible shows nowhere else
+        rest    at the base, watching: a rate that is another twice running belongs to another path
 
-    That more pays is believed at first sight if it is evident; that fewer will do needs a second look, so that a lull
-    costs no connections. What refusals do is told at ``_Refusals``. Not thread-safe: whoever measures has a lock.
+    A climb takes short looks, and believes at once what is evident; it may go too far, which costs nothing but
+    connections, and is taken back. At rest a trial takes samples until it is clear, four at most; what stays unclear
+    changes nothing. ``seconds`` is how long the next interval should be: looks last a round trip, samples two. What
+    refusals do is told at ``_Refusals``. Not thread-safe: whoever measures has a lock.
     """
 
     def __init__(self, ceiling: int, *, initial: int = 4) -> None:
@@ -97,40 +106,92 @@ class ConcurrencyController:
         self._refusals = _Refusals(ceiling)
         self._sampler = _Sampler()
         self._noise = _Noise()
+        self._round_trip = 0.0
         self._base = min(initial, ceiling)
         self._base_rate = _Mean()
         self._trial: int | None = None
         self._trial_rate = _Mean()
-        self._too_few: tuple[int, float] | None = None  # a number below the knee, and its rate
+        self._looks: list[float] | None = []  # of a climb
+        self._too_few = 0  # the largest number that is known to be too few
+        self._settling = 0.0
         self._unused = 0
         self._surprise = 0.0
-        self._rest_left = 1
-        self._schedule(fewer_at=2)
+        self._more_in = self._fewer_in = 0
+        self._fewer_wait = _FEWER_AFTER
 
     @property
     def limit(self) -> int:
         """Connections that may be used at once."""
         return self._base if self._trial is None else self._trial
 
+    @property
+    def seconds(self) -> float:
+        """How long the next interval should be."""
+        if self._looks is not None:
+            return max(_SHORT, self._round_trip)
+        return self._settling if self._settling > 0 else max(_LONG, 2 * self._round_trip)
+
     def revise(self, interval: Interval) -> int:
         """Learn from an interval; gives the limit for the next."""
+        self._round_trip = interval.round_trip
         if self._refusals.are_too_many(interval, self.limit, is_trial=self.limit > self._base):
             self._back_off()
         elif interval.saturated and self._is_in_use(interval.active):
-            rate = self._sampler.add(interval)
-            if rate is not None:
-                learn = self._stay if self._trial is None else self._judge
+            if self._settling > 0:
+                self._settling -= interval.seconds
+            elif (rate := self._sampler.add(interval)) is not None:
+                learn = self._climb if self._looks is not None else self._stay if self._trial is None else self._judge
                 learn(math.log(rate))
         return self.limit
 
     def _is_in_use(self, active: float) -> bool:
-        """Whether as many are in use as the limit says: pieces that began before it was lowered may still run."""
-        if abs(active - self.limit) <= max(0.5, 0.15 * self.limit):
+        """Whether as many are in use as the limit says. Pieces that began before it was lowered may still run: they
+        spoil a trial, but hardly what is known of the base."""
+        excess, tolerance = active - self.limit, max(0.5, 0.15 * self.limit)
+        if abs(excess) <= tolerance or (self._trial is None and excess > 0):
             return True
         self._unused += 1
         if self.limit > self._base and self._unused > _PATIENCE:
             self._rest()
         return False
+
+    # -- climbing
+
+    def _climb(self, rate: float) -> None:
+        """One look while climbing: go on, look again, or stop."""
+        looks, is_first = self._looks, self._trial is None
+        assert looks is not None
+        scatter = 3 * self._noise.deviation
+        is_rising = not looks or rate > max(looks[-3:]) + max(_RISING, scatter)
+        looks.append(rate)
+        latest = sum(looks[-3:]) / len(looks[-3:])
+        proportional = math.log(self.limit / self._base)
+        is_evident = not is_first and rate - self._base_rate.value > max(_EVIDENT_SHARE * proportional, scatter)
+        if is_evident or (is_rising and len(looks) * self.seconds > _LONGEST_RUNG):
+            self._climb_on(rate)
+        elif not is_rising and len(looks) >= (2 if is_first else _LOOKS):
+            if is_first or latest - self._base_rate.value > _LEAST_SHARE * proportional + _DOUBT:
+                self._climb_on(latest)
+            else:
+                self._rest()
+
+    def _climb_on(self, rate: float) -> None:
+        """Take the number that is tried for the base, and try twice as many, or as many as may be tried."""
+        if self._trial is not None:
+            self._grow()
+        self._base_rate = _Mean()
+        self._base_rate.add(rate)
+        self._rest()
+        level = self._refusals.allow(self._base, 2 * self._base)
+        if level > self._base:
+            self._trial, self._looks = level, []
+
+    def _grow(self) -> None:
+        """Take a higher number for the base. It will be checked from the other side before long."""
+        self._too_few, self._base = self._base, self.limit
+        self._refusals.forgive(self._base)
+        self._fewer_wait = _FEWER_AFTER
+        self._fewer_in = min(self._fewer_in, _FEWER_AFTER // 2)
 
     # -- at rest
 
@@ -139,7 +200,8 @@ class ConcurrencyController:
         surprise = base.deviation(rate)
         is_odd = abs(surprise) > max(_CHANGE, 3 * self._noise.deviation)
         if is_odd and surprise * before > 0:
-            self._begin_anew()
+            self._forget()
+            self._climb_on(rate)
             return
         if before:  # it was noise after all
             self._noise.learn(before)
@@ -148,104 +210,95 @@ class ConcurrencyController:
             if base.count:
                 self._noise.learn(rate - base.last)
             base.add(rate)
-            self._rest_left -= 1
-            if self._rest_left <= 0:
-                self._probe()
+            self._more_in -= 1
+            self._fewer_in -= 1
+            if base.count >= _SAMPLES:
+                self._probe(is_rising=surprise > 2 * self._noise.deviation)
 
-    def _begin_anew(self) -> None:
+    def _forget(self) -> None:
+        """Nothing that is known of other numbers holds any more."""
         self._base_rate = _Mean()
-        self._too_few = None
+        self._too_few = 0
+        self._more_in = self._fewer_in = 0
+        self._fewer_wait = _FEWER_AFTER
         self._rest()
-        self._rest_left = 2
-        self._schedule(fewer_at=2)
 
-    def _probe(self) -> None:
-        factor = max(1.5, min(2.0, math.exp(3.5 * self._noise.deviation)))
-        self._rests += 1
-        if self._rests < self._rests_until_fewer:
-            self._try_more(2.0 if self._too_few is None else factor)
-        else:
-            self._schedule(fewer_at=min(2 * self._rests_until_fewer, _MOST_RESTS))
-            self._too_few = None
-            self._try_fewer(int(self._base / factor))
+    def _probe(self, *, is_rising: bool) -> None:
+        if self._more_in <= 0:
+            level = self._refusals.allow(self._base, math.ceil(1.5 * self._base))
+            self._more_in = _MORE_EVERY
+            if level > self._base:
+                self._change_to(level)
+                self._settling = 2 * self._round_trip
+        elif self._fewer_in <= 0 and not is_rising:
+            self._too_few = 0
+            self._fewer_wait = min(2 * self._fewer_wait, _FEWER_AT_LEAST_EVERY)
+            self._fewer_in = self._fewer_wait
+            self._try_fewer()
 
     def _rest(self) -> None:
+        """End whatever is tried."""
         self._change_to(None)
+        self._looks = None
         self._surprise = 0.0
-        self._rest_left = _REST
-        if self._base != self._rested_at:  # growth is checked from the other side before it goes on
-            self._schedule(fewer_at=1 if self._base > self._rested_at else 2)
 
-    def _schedule(self, *, fewer_at: int) -> None:
-        self._rests = 0
-        self._rests_until_fewer = fewer_at
-        self._rested_at = self._base
-
-    # -- trials
+    # -- trials at rest
 
     def _change_to(self, trial: int | None) -> None:
         self._trial = trial
         self._trial_rate = _Mean()
+        self._settling = 0.0
         self._unused = 0
         self._sampler.clear()
 
-    def _try_more(self, factor: float) -> None:
-        level = self._refusals.allow(self._base, round(self._base * factor))
-        if level > self._base:
+    def _try_fewer(self) -> None:
+        """Half as many, or half way between too few and enough."""
+        level = max(self._base // 2, math.ceil(math.sqrt(self._base * self._too_few)) if self._too_few else 0)
+        if 1 <= level <= 0.8 * self._base:
             self._change_to(level)
-        else:
-            self._narrow()
-
-    def _try_fewer(self, level: int) -> None:
-        if 1 <= level <= 0.9 * self._base:
-            self._change_to(level)
-        else:
-            self._rest()
-
-    def _narrow(self) -> None:
-        """Try the number at which a line from below the knee reaches the full rate; half as many, if none is known."""
-        if self._too_few is None:
-            self._try_fewer(self._base // 2)
-            return
-        low, low_rate = self._too_few
-        knee = math.ceil(0.98 * low * _ratio(self._base_rate.value - low_rate))
-        knee = max(knee, low + math.ceil((self._base - low) / 4))
-        if math.log(self._base / knee) > 4 * self._noise.deviation:  # less could not be told apart
-            self._try_fewer(knee)
         else:
             self._rest()
 
     def _judge(self, rate: float) -> None:
         trial, base = self._trial_rate, self._base_rate
-        is_rising = self.limit > self._base and trial.count > 0 and rate - trial.last > 2 * self._noise.deviation
+        is_more = self.limit > self._base
+        is_rising = is_more and trial.count > 0 and rate - trial.last > 2 * self._noise.deviation
         trial.add(rate)
-        step = math.log(self.limit / self._base)
-        share = (trial.value - base.value) / step
-        error = 2 * self._noise.error(trial, base) / abs(step)
-        is_clear = abs(share - _LEAST_SHARE) > error
-        if share < _EVIDENT_SHARE:
-            is_clear = is_clear and trial.count >= 2 and not is_rising
-        if is_clear or trial.count >= _LOOKS:
-            self._conclude(share, more_pays=share > min(_LARGEST_SHARE, max(_LEAST_SHARE, error)))
+        proportional = math.log(self.limit / self._base)
+        share = (trial.value - base.value) / proportional
+        error = self._noise.error(trial, base) / abs(proportional)
+        is_clear = abs(share - _LEAST_SHARE) > 2 * error
+        if trial.count < 2:
+            is_clear = share > _EVIDENT_SHARE + 2 * error
+        elif share < _EVIDENT_SHARE:
+            is_clear = is_clear and not is_rising
+        if is_clear or trial.count >= _SAMPLES:
+            if is_more:
+                self._conclude_more(share, pays=share > _LEAST_SHARE + error)
+            else:
+                self._conclude_fewer(will_do=share < _LEAST_SHARE + error)
 
-    def _conclude(self, share: float, *, more_pays: bool) -> None:
-        trial, trial_rate, is_more = self.limit, self._trial_rate, self.limit > self._base
-        growth = _ratio(trial_rate.value - self._base_rate.value)
-        if more_pays:
-            fewer, rate = (self._base, self._base_rate) if is_more else (trial, trial_rate)
-            self._too_few = fewer, rate.value
-        if more_pays == is_more:
-            self._base, self._base_rate = trial, trial_rate
-            self._refusals.forgive(trial)
-        if more_pays and is_more and share > _EVIDENT_SHARE:
-            self._try_more(min(2.0, growth))
+    def _conclude_more(self, share: float, *, pays: bool) -> None:
+        if pays and share > _EVIDENT_SHARE:
+            self._climb_on(self._trial_rate.value)
+            return
+        if pays:
+            self._base_rate = self._trial_rate
+            self._grow()
+        self._rest()
+
+    def _conclude_fewer(self, *, will_do: bool) -> None:
+        if will_do:
+            self._base, self._base_rate = self.limit, self._trial_rate
         else:
-            self._narrow()
+            self._too_few = self.limit
+        self._try_fewer()
 
     def _back_off(self) -> None:
         if self.limit <= self._base:
             self._base = max(1, min(self._base - 1, self._base * 3 // 4))
-        self._begin_anew()
+        self._forget()
+        self._fewer_in = _FEWER_AFTER
 
 
 class _Refusals:
@@ -298,6 +351,7 @@ class _Sampler:
     """Rates of as many intervals together as it takes to hold enough reads."""
 
     def __init__(self) -> None:
+        self._has_begun = False
         self.clear()
 
     def clear(self) -> None:
@@ -305,6 +359,9 @@ class _Sampler:
         self._bytes = 0
 
     def add(self, interval: Interval) -> float | None:
+        if not interval.bytes and not self._has_begun:
+            return None  # the first answer is still to come
+        self._has_begun = True
         self._seconds += interval.seconds
         self._bytes += interval.bytes
         is_enough = self._bytes >= _ENOUGH_BYTES or self._seconds >= _ENOUGH_SECONDS

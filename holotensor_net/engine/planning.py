@@ -9,7 +9,12 @@ from collections.abc import Iterator, Sequence
 from ..errors import ConfigurationError
 from ..values import RangeRequest
 
-__all__ = ["coalesce", "gap_worth_reading", "join_neighbours", "split"]
+__all__ = ["coalesce", "gap_worth_reading", "join_neighbours", "piece_worth_asking", "split"]
+
+_PIECE_SECONDS = 1.0
+_PIECE_ROUND_TRIPS = 20.0
+_SMALLEST_PIECE = 64 * 1024
+_FIRST_PIECE = 256 * 1024
 
 
 def split(byte_range: RangeRequest, piece_size: int) -> Iterator[RangeRequest]:
@@ -53,6 +58,14 @@ def gap_worth_reading(round_trip: float, rate: float) -> int:
     """
     gap = round_trip * rate
     return int(gap) if round_trip > 0 and math.isfinite(gap) and gap > 0 else 0
+
+
+def piece_worth_asking(round_trip: float, rate: float, *, most: int) -> int:
+    """The bytes of a piece for a connection of ``rate`` bytes/s: about a second's, so that connections come free and
+    are given to others in time, but twenty round trips' at least, as each piece costs one; and 256 KiB while the
+    rate is unknown; ``most`` at most."""
+    length = rate * max(_PIECE_SECONDS, _PIECE_ROUND_TRIPS * round_trip)
+    return min(most, max(_SMALLEST_PIECE, int(length)) if 0 < length < math.inf else _FIRST_PIECE)
 
 
 def join_neighbours(anchor: RangeRequest, others: Sequence[RangeRequest], *, max_gap: int, max_length: int) -> range:

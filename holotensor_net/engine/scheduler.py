@@ -19,8 +19,7 @@ from .priority import PrioritizedFragment, PriorityQueue
 
 __all__ = ["Part", "Piece", "Plan", "Scheduler", "SchedulerStats"]
 
-_INTERVAL = 0.25
-_ROUND_TRIP = 0.02
+_ROUND_TRIP = 0.02  # until one has been seen
 _LARGEST_GAP = 256 * 1024
 _SETTLED = object()  # the state of a fragment that is done with: whatever comes too late for it is ignored
 
@@ -456,7 +455,7 @@ class Scheduler:
         if shorts is None:
             return []
         share = self.monitor.current_bandwidth / max(1, self._active)
-        gap = min(_LARGEST_GAP, gap_worth_reading(_ROUND_TRIP, share))
+        gap = min(_LARGEST_GAP, gap_worth_reading(self.monitor.round_trip or _ROUND_TRIP, share))
         around = shorts.around(wanted, fragment.priority, gap=gap, length=self.config.chunk_size)
         ranges = [neighbour.request.byte_range or wanted for neighbour in around]
         joined = join_neighbours(wanted, ranges, max_gap=gap, max_length=self.config.chunk_size)
@@ -502,11 +501,12 @@ class Scheduler:
     def _revise(self, now: float, *, force: bool = False) -> None:
         """At the end of an interval: tell the monitor what was measured, and let the controller revise the limit."""
         seconds = now - self._began
-        if seconds <= 0 or (seconds < _INTERVAL and not force):
+        is_long_enough = seconds >= self._controller.seconds
+        if seconds <= 0 or not (is_long_enough or force):
             return
         if self._bytes:
             self.monitor.record(self._bytes, seconds)
-        if seconds >= _INTERVAL or self._refusals:
+        if is_long_enough or self._refusals:
             before = self.limit
             self._controller.revise(
                 Interval(
@@ -515,6 +515,7 @@ class Scheduler:
                     active=self._busy / seconds,
                     saturated=self._saturated,
                     refusals=self._refusals,
+                    round_trip=self.monitor.round_trip,
                 )
             )
             if self.limit > before:

@@ -116,6 +116,17 @@ def test_the_current_rate_lies_between_the_slowest_and_the_fastest_record(record
     assert min(rates) * (1 - 1e-9) <= current <= max(rates) * (1 + 1e-9)
 
 
+def test_the_round_trip_is_the_least_of_late():
+    monitor = BandwidthMonitor()
+    assert monitor.round_trip == 0
+    for seconds in (0.2, 0.02, 0.5, math.nan, 0.0, -1.0, math.inf):
+        monitor.record_round_trip(seconds)
+    assert monitor.round_trip == 0.02
+    for _ in range(130):
+        monitor.record_round_trip(0.1)
+    assert monitor.round_trip == 0.1
+
+
 def test_no_record_of_eight_threads_is_lost():
     monitor = BandwidthMonitor()
     threads = [threading.Thread(target=lambda: [monitor.record(3, 0.5) for _ in range(2000)]) for _ in range(8)]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holotensor_net.engine.planning import coalesce, gap_worth_reading, join_neighbours, split
+from holotensor_net.engine.planning import coalesce, gap_worth_reading, join_neighbours, piece_worth_asking, split
 from holotensor_net.values import RangeRequest
 
 R = RangeRequest
@@ -120,6 +120,24 @@ def test_joining_keeps_every_byte_and_leaves_only_wide_gaps(ranges, max_gap, shu
 )
 def test_a_gap_is_worth_what_passes_in_a_round_trip(round_trip, rate, gap):
     assert gap_worth_reading(round_trip, rate) == gap
+
+
+@pytest.mark.parametrize(
+    ("round_trip", "rate", "length"),
+    [
+        (0.02, 1e6, 1_000_000),  # a second's
+        (0.3, 1e6, 6_000_000),  # twenty round trips'
+        (0.02, 1e9, 8_000_000),
+        (0.02, 1.0, 64 * 1024),
+        (0.0, 1e6, 1_000_000),
+        (0.02, 0.0, 256 * 1024),
+        (0.02, math.inf, 256 * 1024),
+        (math.nan, 1e6, 1_000_000),
+    ],
+)
+def test_a_piece_takes_a_second_or_twenty_round_trips(round_trip, rate, length):
+    assert piece_worth_asking(round_trip, rate, most=8_000_000) == length
+    assert piece_worth_asking(round_trip, rate, most=1000) == 1000
 
 
 NEIGHBOURS = [R(0, 10), R(20, 30), R(35, 40), R(60, 70), R(71, 80), R(200, 210)]

@@ -551,6 +551,7 @@ class Listener:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.seconds = 0.25
         self.intervals: list[Interval] = []
         self.next_limit = limit
 
