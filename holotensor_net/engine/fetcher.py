@@ -533,7 +533,7 @@ class Fetcher:
             raise CacheError("the cached bytes are gone")
         with self._lock:
             self._confirmed_bytes += len(data)
-        return LoadSuccess(load.request.fragment_id, data, from_cache=True, head=load.held.head)
+        return LoadSuccess(load.request.fragment_id, data, from_cache=True, head=self._cache.told(load.held))
 
     def _verified(self, share: Share, endpoint: int) -> LoadSuccess:
         load, attempt = share.load, share.attempt

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,10 +48,12 @@ class NetworkLoader:
     """Loads fragments: from the cache where it can, else over the network, most urgent first.
 
     Thread-safe, and a context manager: ``close`` interrupts what runs, resolves what is left with Cancelled, and
-    leaves no thread. Raises ConfigurationError if there is no endpoint to ask.
+    leaves no thread. ``clock`` gives seconds since the epoch, by which cached answers age. Raises ConfigurationError
+    if there is no endpoint to ask.
     """
 
-    def __init__(self, config: NetworkConfig | None = None) -> None:
+    def __init__(self, config: NetworkConfig | None = None, *, clock: Callable[[], float] = time.time) -> None:
+        self._wall = clock
         self.config = (config or NetworkConfig()).with_default_endpoint()
         self._closed = False
         self._build()
@@ -59,10 +61,12 @@ class NetworkLoader:
 
     def _build(self) -> None:
         """Everything that has locks and threads; a child process builds its own."""
-        self.cache = FragmentCache(self.config.cache)
+        self.cache = FragmentCache(self.config.cache, clock=self._wall)
         ceiling = min(self.config.max_concurrent, sum(endpoint.max_connections for endpoint in self.config.endpoints))
         self.scheduler = Scheduler(replace(self.config.scheduler, max_concurrent=ceiling))
-        self._requests = RequestCache(self.cache, self.config.endpoints)
+        self._requests = RequestCache(
+            self.cache, self.config.endpoints, user_agent=self.config.user_agent, clock=self._wall
+        )
         self._fetcher = Fetcher(self.config, self.scheduler, self._requests)
         self._lock = threading.Lock()  # guards what follows, and whether it is closed
         self._bytes_cached = 0

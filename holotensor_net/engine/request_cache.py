@@ -7,15 +7,17 @@ it, it is the same.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..config import CdnEndpoint
 from ..errors import CacheError, redact_url, without_query
 from ..storage.cache import CacheEntry, FragmentCache
+from ..storage.freshness import Freshness
 from ..storage.memory import MemoryPart
 from ..storage.parts import PartFile
 from ..values import HeadInfo, LoadRequest, RangeRequest, Validator
@@ -53,10 +55,16 @@ class RequestCache:
     """A FragmentCache, asked in terms of requests to a loader's endpoints."""
 
     def __init__(
-        self, cache: FragmentCache, endpoints: Sequence[CdnEndpoint], *, clock: Callable[[], float] = time.time
+        self,
+        cache: FragmentCache,
+        endpoints: Sequence[CdnEndpoint],
+        *,
+        user_agent: str = "",
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._cache = cache
         self._endpoints = endpoints
+        self._user_agent = user_agent
         self._clock = clock
 
     def key(self, request: LoadRequest, endpoint: int) -> str:
@@ -76,6 +84,8 @@ class RequestCache:
             entry = self._cache.get_entry(key)
             if entry is None or not _fits(request, entry):
                 continue
+            if request.checksum is None and entry.variant != self._variant(index, entry.freshness.varies_on):
+                continue
             if request.checksum is not None or _is_pinned(request, entry) or not self._cache.needs_revalidation(key):
                 return Found(key, entry, index, is_fresh=True)
             stale = stale or Found(key, entry, index, is_fresh=False)
@@ -94,6 +104,11 @@ class RequestCache:
     def stale(self, found: Found) -> memoryview | None:
         """The bytes of a stale answer whose endpoint fails, if it has allowed that (RFC 5861 §4)."""
         return self._cache.get(found.key) if found.entry.freshness.may_serve_stale(self._clock()) else None
+
+    def told(self, found: Found) -> HeadInfo:
+        """What the network said of a cached answer, latest confirmation included."""
+        entry = self._cache.get_entry(found.key)
+        return found.head if entry is None else replace(found, entry=entry).head
 
     def destination(self, size: int | None, head: HeadInfo) -> Destination:
         """A place for a fragment: a part file, or memory where the disk has none or the server forbids to store."""
@@ -133,7 +148,21 @@ class RequestCache:
             object_size=head.size,
             validator_is_strong=head.validator.is_strong,
             headers=head.headers,
+            variant=self._variant(endpoint, Freshness(head.headers).varies_on),
         )
+
+    def _variant(self, endpoint: int, names: Collection[str]) -> str | None:
+        """A digest of what the requests to an endpoint say in these headers, None if there are none (RFC 9111 §4.1).
+
+        Credentials count as their scope, which may outlive a token; ranges are part of the key.
+        """
+        if not names:
+            return None
+        where = self._endpoints[endpoint]
+        own = {name.lower(): str(value).strip(" \t") for name, value in where.headers.items()}
+        sent = {"accept-encoding": "identity", "user-agent": self._user_agent, **own, "authorization": where.scope}
+        lines = (f"{name}: {sent[name]}" for name in sorted(names) if name in sent)
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _fits(request: LoadRequest, entry: CacheEntry) -> bool:

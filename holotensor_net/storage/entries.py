@@ -41,7 +41,7 @@ class CacheEntry:
     ``byte_range`` is the part that it is of an object of ``object_size`` bytes; None: all of it. ``url`` is kept as
     given: redact it first. Of ``headers`` only those are kept that say how long, and for whom, the bytes are good.
     ``requested_at`` and ``received_at`` are the times of the answer (None: ``cached_at``); ``stamp`` is the blob's file
-    time when its bytes were known to be right.
+    time when its bytes were known to be right; ``variant`` a digest of the request's headers that the answer varies on.
     """
 
     fragment_id: str
@@ -61,6 +61,7 @@ class CacheEntry:
     requested_at: float | None = None
     received_at: float | None = None
     stamp: int | None = field(default=None, repr=False)
+    variant: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "headers", kept(self.headers))
@@ -237,6 +238,7 @@ _PLAIN_FIELDS: dict[str, Callable[[Any], bool]] = {
     "cached_at": _is_moment,
     "access_count": _is_count,
     "stamp": _or_none(_is_count),
+    "variant": _or_none(_is_text),
 }
 
 
