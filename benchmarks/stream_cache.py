@@ -147,7 +147,11 @@ def miss(chunk: Any, rounds: int, peers: Peers, folder: str | None = None) -> Ca
     global TURNS
     TURNS = calibrate()
     cache, mine, theirs = StreamCache(10, disk=folder or False), chunk.copy(), chunk.copy()
-    asked = {OURS: lambda: cache.run("work", worked, mine), **peers.memory(worked_alone, theirs)}
+    asked = {
+        OURS: lambda: cache.run("work", worked, mine),
+        "ours, the chunk's digest known": lambda: cache.run("work", worked, mine, chunk_key=CacheKey.of(next(fresh))),
+        **peers.memory(worked_alone, theirs),
+    }
 
     def beside(call: Call) -> float:
         mine[0] = theirs[0] = next(fresh)

@@ -251,7 +251,9 @@ class NetworkConfig:
     """All settings of a loader. Sizes in bytes, rates in bytes/s, times in seconds.
 
     ``timeout`` is idle time, not total; ``max_concurrent`` a ceiling; ``compression`` applies to whole bodies only;
-    ``cache_dir``: None for the platform's cache folder, False for no disk cache; ``min_bandwidth``: below it the
+    ``cache_dir``: None for the platform's cache folder, False for no disk cache; ``region``: the caller's, whose
+    endpoints go first among those of equal priority; ``hedging``: ask a second time for what is slow, of the next
+    endpoint (None), of the same one where there is no other (True), or never (False); ``min_bandwidth``: below it the
     loader asks its callers to throttle; ``offline``: None takes ``HOLOTENSOR_OFFLINE``; ``memory_budget``: bytes in
     flight and undelivered.
 
@@ -273,6 +275,8 @@ class NetworkConfig:
     max_bandwidth: float | None = None
     offline: bool | None = None
     memory_budget: int = GIB
+    region: str | None = None
+    hedging: bool | None = None
 
     def __post_init__(self) -> None:
         given: Any = (self.endpoints,) if isinstance(self.endpoints, str | CdnEndpoint) else self.endpoints
@@ -282,6 +286,10 @@ class NetworkConfig:
             _refuse(self, "retry", "a RetryConfig")
         if self.cache_dir not in (None, False) and not isinstance(self.cache_dir, str | os.PathLike):
             _refuse(self, "cache_dir", "a folder, None or False")
+        if self.hedging not in (None, False, True):
+            _refuse(self, "hedging", "True, False or None")
+        if not isinstance(self.region, str | None):
+            _refuse(self, "region", "a name or None")
         if not isinstance(self.user_agent, str) or not re.fullmatch(r"[\x20-\x7e]+", self.user_agent):
             _refuse(self, "user_agent", "printable ASCII")
         _whole(self, "max_concurrent", "chunk_size", "max_cache_size", "memory_budget")

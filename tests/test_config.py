@@ -506,3 +506,9 @@ def test_there_need_not_be_a_disk_cache() -> None:
 def _set(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("hedging", "yes"), ("hedging", 2), ("region", 1)])
+def test_hedging_and_region_are_checked(field: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=field):
+        NetworkConfig(endpoints=URL, **{field: value})

@@ -39,6 +39,7 @@ from ..transport.client import Answer, Ask, HttpClient, Write
 from ..transport.digests import check_digests
 from ..transport.guards import check_checksum
 from ..transport.retry import Patience
+from ..transport.sockets import Interrupt
 from ..values import (
     HeadInfo,
     LoadFailure,
@@ -49,10 +50,12 @@ from ..values import (
     RangeRequest,
 )
 from .alarms import Alarms
+from .hedging import Hedging, Versions
 from .loads import Attempt, Books, Fragment, Load, Share, Waiter
 from .priority import PrioritizedFragment
+from .races import Private, Prize, Race
 from .request_cache import Destination, Found, RequestCache, contradicts
-from .routes import Routes, is_unreachable
+from .routes import Routes, is_bad_answer, is_unreachable
 from .scheduler import Piece, Scheduler
 from .sinks import Bounded, Scatter
 
@@ -65,11 +68,12 @@ _WORTH_RELIEF = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class FetcherStats:
-    """A snapshot. ``requests`` that were answered, ``retries`` after a failure, ``workers`` at work;
-    ``confirmed_bytes`` were in the cache and did not have to come again."""
+    """A snapshot. ``requests`` that were answered, ``retries`` after a failure, ``hedges`` beside one that was slow,
+    ``workers`` at work; ``confirmed_bytes`` were in the cache and did not have to come again."""
 
     requests: int
     retries: int
+    hedges: int
     workers: int
     confirmed_bytes: int
 
@@ -106,7 +110,11 @@ class Fetcher:
         self._clock = clock
         self._closing = threading.Event()
         self._clients = [HttpClient(endpoint, config.client, clock=clock) for endpoint in config.endpoints]
-        self._routes = Routes(config.endpoints, outage=config.timeout)
+        self._routes = Routes(config.endpoints, outage=config.timeout, region=config.region)
+        self._hedging = Hedging(len(config.endpoints))
+        self._versions = Versions()
+        self._races: set[Race] = set()
+        self._may_hedge = len(config.endpoints) > 1 if config.hedging is None else config.hedging
         self._rangeless = {i for i, endpoint in enumerate(config.endpoints) if not endpoint.supports_range}
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # routes changed
@@ -115,6 +123,7 @@ class Fetcher:
         self._workers = 0
         self._requests = 0
         self._retries = 0
+        self._hedges = 0
         self._confirmed_bytes = 0
         self._here = threading.local()
         # As many as work may be publishing what they brought.
@@ -176,14 +185,17 @@ class Fetcher:
 
     def stats(self) -> FetcherStats:
         with self._lock:
-            return FetcherStats(self._requests, self._retries, self._workers, self._confirmed_bytes)
+            return FetcherStats(self._requests, self._retries, self._hedges, self._workers, self._confirmed_bytes)
 
     def close(self) -> None:
         """Stop everything now: interrupt the transfers, join the threads, resolve what is left with Cancelled."""
         with self._lock:
             self._closing.set()
             self._changed.notify_all()
+            races = list(self._races)
         self._scheduler.close()
+        for race in races:
+            race.stop()
         for client in self._clients:
             client.close()
         is_own = getattr(self._here, "is_own", False)  # called back by a future: a thread cannot wait for its own end
@@ -291,7 +303,7 @@ class Fetcher:
         try:
             if shares:
                 endpoint = self._choose(shares)
-                outcome = self._transfer(piece, shares, endpoint)
+                endpoint, outcome = self._transfer(piece, shares, endpoint)
         except NetworkError as error:
             outcome = error
         except Exception as error:
@@ -329,7 +341,7 @@ class Fetcher:
         with self._lock:
             while True:
                 excluded = set().union(*(self._excluded(share.load) for share in shares))
-                choice = self._routes.choose(excluded, self._clock())
+                choice = self._routes.choose(excluded, self._clock(), keep=self._home(shares[0].load))
                 if isinstance(choice, int):
                     if held is not None and held.endpoint != choice:
                         shares[0].load.held = None  # only the endpoint that gave a validator can confirm it
@@ -341,20 +353,44 @@ class Fetcher:
                 self._changed.wait(patience.remaining(choice.seconds))
                 patience.check()
 
-    def _transfer(self, piece: Piece, shares: list[Share], endpoint: int) -> Answer:
-        began = self._clock()
+    @staticmethod
+    def _home(load: Load) -> int | None:
+        """Where what a load has came from: the rest is there, too, and elsewhere perhaps not. With the lock held."""
+        is_begun = load.attempt.head is not None and load.request.checksum is None
+        return load.attempt.endpoint if is_begun else None
+
+    def _transfer(self, piece: Piece, shares: list[Share], endpoint: int) -> tuple[int, Answer]:
+        """Bring a piece from an endpoint, or from another one where that is slow; gives which, and what it said."""
+        race = Race(shares, self._ask(piece, shares[0], endpoint), endpoint, self._clock())
+        patience = self._patience(shares, race.first)
 
         def open_sink(head: HeadInfo, _: RangeRequest | None) -> Write:
-            self._scheduler.monitor.record_round_trip(self._clock() - began)
+            race.headed = race.headed or self._clock()
+            self._scheduler.monitor.record_round_trip(race.headed - race.began)
             return self._open(shares, head)
 
-        return self._clients[endpoint].transfer(
-            self._ask(piece, shares[0], endpoint),
-            open_sink,
-            self._patience(shares),
-            on_bytes=lambda size: self._pace(size, shares, endpoint),
-            on_retry=self._note_retry,
-        )
+        self._start(race)
+        try:
+            answer = self._clients[endpoint].transfer(
+                race.ask,
+                open_sink,
+                patience,
+                on_bytes=lambda size: self._pace(size, patience, endpoint),
+                on_retry=self._note_retry,
+                interrupt=race.first,
+            )
+        except NetworkError:
+            prize = race.end()
+            if prize is None:
+                raise
+            self._time(race)
+            return prize.endpoint, self._take_over(race, prize)
+        finally:
+            race.end()
+            with self._lock:
+                self._races.discard(race)
+        self._time(race)
+        return endpoint, answer
 
     def _ask(self, piece: Piece, lead: Share, endpoint: int) -> Ask:
         """What to ask the endpoint for."""
@@ -377,25 +413,128 @@ class Fetcher:
                 or_whole=is_all,
             )
 
-    def _patience(self, shares: list[Share]) -> Patience:
+    # -- what is slow is asked for twice
+
+    def _start(self, race: Race) -> None:
+        wanted = race.ask.byte_range
+        with self._lock:
+            if self._closing.is_set():
+                raise Cancelled("the loader is closed: make a new one")
+            self._races.add(race)
+            if wanted is None or race.ask.held is not None or race.ask.allow_short or not self._may_hedge:
+                return
+            pause = self._hedging.begin(race.endpoint, wanted.length)
+        if pause is not None:
+            race.pause = pause
+            self._alarms.at(race.began + pause, race, self._is_slow)
+
+    def _time(self, race: Race) -> None:
+        """Learn from how long the first of a race took, were it cut or not."""
+        now, wanted = self._clock(), race.ask.byte_range
+        with self._lock:
+            if not race.first.fired.is_set():
+                self._routes.delivered(race.endpoint, (race.headed or now) - race.began, now)
+            if wanted is not None:
+                headed = race.headed or now
+                self._hedging.measured(race.endpoint, headed - race.began, wanted.length, now - headed)
+
+    def _is_slow(self, race: Race) -> None:
+        """A piece takes longer than nearly all others did: ask another endpoint too, if that is safe and allowed."""
+        now = self._clock()
+        with self._lock:
+            if race.is_over or self._closing.is_set():
+                return
+            ask, second = self._as_proven(race, now), self._second(race, now)
+            if ask is not None and second is not None and self._hedging.spend():
+                self._hedges += 1
+                self._executor.submit(self._hedge, race, second, ask)
+                return
+        race.pause *= 2
+        self._alarms.at(now + race.pause, race, self._is_slow)
+
+    def _second(self, race: Race, now: float) -> int | None:
+        """Whom to ask for a piece that is slow. With the lock held."""
+        excluded = set().union(*(self._excluded(share.load) for share in race.shares))
+        other = self._routes.other(race.endpoint, excluded, now)
+        return race.endpoint if other is None and self._config.hedging else other
+
+    def _as_proven(self, race: Race, now: float) -> Ask | None:
+        """How to ask another endpoint for a piece so that it can bring no other bytes; None if nothing would prove
+        that: all that the piece is for has a digest, or its version is known. With the lock held."""
+        if all(_is_sealed(share) for share in race.shares):
+            return replace(race.ask, pinned=None)
+        versions = {share.load.version for share in race.shares} - {None}
+        version = versions.pop() if versions else self._versions.of(race.ask.path, now)
+        return None if versions or version is None or version.etag is None else replace(race.ask, pinned=version)
+
+    def _hedge(self, race: Race, endpoint: int, ask: Ask) -> None:
+        """Bring a piece from a second endpoint into a place of its own."""
+        self._here.is_own = True
+        assert ask.byte_range is not None
+        place = Private(ask.byte_range)
+        patience = self._patience(race.shares, race.second)
+        began = headed = self._clock()
+
+        def open_sink(_: HeadInfo, __: RangeRequest | None) -> Write:
+            nonlocal headed
+            headed = self._clock()
+            return place.write
+
+        try:
+            answer = self._clients[endpoint].transfer(
+                ask,
+                open_sink,
+                patience,
+                on_bytes=lambda size: self._pace(size, patience, endpoint),
+                on_retry=self._note_retry,
+                interrupt=race.second,
+            )
+            for share in race.shares:
+                if _is_sealed(share) and share.load.request.checksum is not None:
+                    check_checksum(place.view(share.part.byte_range), share.load.request.checksum)
+        except NetworkError as error:
+            with self._lock:
+                self._report(endpoint, error)
+        else:
+            with self._lock:
+                self._routes.delivered(endpoint, headed - began, self._clock())
+                self._requests += answer.requests
+            race.win(Prize(endpoint, ask, answer, place))
+
+    def _take_over(self, race: Race, prize: Prize) -> Answer:
+        """What the second brought goes where the first would have put it."""
+        came = prize.answer.byte_range
+        with self._lock:
+            self._routes.overtaken(race.endpoint, self._clock())
+            versions = {share.load.version for share in race.shares} - {None, prize.ask.pinned}
+        if versions and not all(_is_sealed(share) for share in race.shares):
+            raise ObjectChanged("the endpoints have different versions of the object")
+        write = self._open(race.shares, prize.answer.head)
+        if came is not None:
+            write(came.start, prize.place.view(came))
+        return replace(prize.answer, requests=0)
+
+    # -- patience
+
+    def _patience(self, shares: list[Share], interrupt: Interrupt | None = None) -> Patience:
         """As long as the most patient of those who wait, and only while somebody does."""
         with self._lock:
             ends = [waiter.until for share in shares for waiter in share.load.waiters]
         known = [end for end in ends if end is not None]
         return Patience(
             deadline=max(known) if known and len(known) == len(ends) else None,
-            closing=self._closing,
-            cancelled=lambda: all(share.attempt.abandoned for share in shares),
+            closing=self._closing if interrupt is None else interrupt.fired,
+            cancelled=lambda: self._closing.is_set() or all(share.attempt.abandoned for share in shares),
             clock=self._clock,
         )
 
-    def _pace(self, size: int, shares: list[Share], endpoint: int) -> None:
+    def _pace(self, size: int, patience: Patience, endpoint: int) -> None:
         delay = self._scheduler.record(size)
         self._heard(endpoint)
         if self._workers < self._scheduler.limit:
             self._spawn()
         if delay > 0:
-            self._patience(shares).sleep(delay)
+            patience.sleep(delay)
 
     def _heard(self, endpoint: int) -> None:
         """The endpoint is there: those who wait for it need not any longer."""
@@ -448,6 +587,7 @@ class Fetcher:
         self._heard(endpoint)
         complete = []
         with self._lock:
+            self._versions.note(shares[0].load.request.path, answer.head.validator, self._clock())
             self._requests += answer.requests
             for share in shares:
                 if not share.attempt.abandoned and self._advance(share, answer):
@@ -522,6 +662,8 @@ class Fetcher:
             if error.url is None:
                 error.url = redact_url(self._config.endpoints[endpoint].url_of(load.request.path))
                 error.byte_range = load.request.byte_range
+            with self._lock:
+                self._report(endpoint, error)
             self._recover(share, error, endpoint)
         else:
             self._resolve(load, outcome)
@@ -581,8 +723,9 @@ class Fetcher:
         last = error.last_error if isinstance(error, RetriesExhausted) else error
         if isinstance(last, HttpError):
             self._routes.answered(endpoint, now)
-        else:
-            self._routes.released(endpoint)
+        if is_bad_answer(error):
+            self._routes.failed(endpoint, error, now)
+        self._routes.released(endpoint)
         return False
 
     def _recover(
@@ -693,6 +836,13 @@ def _defect(error: Exception) -> NetworkError:
     told = NetworkError(f"internal error: {error!r}; please report it")
     told.__cause__ = error
     return told
+
+
+def _is_sealed(share: Share) -> bool:
+    """Whether a piece is all of a fragment whose digest is known, so that its bytes prove themselves."""
+    request = share.load.request
+    is_all = share.part.byte_range == (request.byte_range or RangeRequest(0, request.expected_size or 0))
+    return request.checksum is not None and is_all
 
 
 def _is_failing(error: NetworkError) -> bool:

@@ -30,6 +30,7 @@ class LoaderStats:
 
     ``bytes_fetched`` came over the network, what was thrown away included; ``bytes_cached`` from the cache.
     ``connections`` are in use now, ``limit`` may be. ``queued``, ``completed`` and ``failed`` count fragments.
+    ``hedges`` are requests beside one that was slow.
     """
 
     bytes_fetched: int
@@ -42,6 +43,7 @@ class LoaderStats:
     connections: int
     limit: int
     bandwidth: float
+    hedges: int = 0
 
 
 class NetworkLoader:
@@ -168,6 +170,7 @@ class NetworkLoader:
             connections=scheduler.active,
             limit=scheduler.limit,
             bandwidth=scheduler.bandwidth,
+            hedges=fetcher.hedges,
         )
 
     def sync(self) -> None:

@@ -62,7 +62,8 @@ class _Listed:
 class ResultStore:
     """Documents and their files below ``root``, at most ``max_size`` bytes: those used least recently make room.
 
-    Keys are 64 hex digits. Thread-safe, and safe beside other processes: of two that write the same key, one wins.
+    Keys are 64 hex digits. Thread-safe, and safe beside other processes: of two that write the same key, one wins. Each
+    looks at what the others wrote whenever it has written a sixteenth of the limit, by which they may exceed it.
     ``clock`` gives seconds since the epoch; the lock lets one thread at a time make room. Raises CacheError, or
     InsufficientDisk where there is no room.
     """
@@ -73,6 +74,7 @@ class ResultStore:
         self._clock = clock
         self._blobs = BlobStore(self.root, clock=clock)
         self._size: int | None = None  # an estimate, begun when something is first written
+        self._unchecked = 0  # bytes written since it was made
         self._sweeping = threading.Lock()
 
     def get(self, key: str) -> Stored | None:
@@ -103,12 +105,7 @@ class ResultStore:
             part.write(len(head), body)
             part.publish_as(path, durable=False)
         self._touch(path)
-        self._size += len(head) + len(body) + sum(size for _, size in blobs)
-        if self._size > self._max_size:
-            with self._sweeping:
-                if self._size > self._max_size:
-                    # A little more than needed, so that not every result to come makes room again.
-                    self._shrink(self._max_size - self._max_size // 16)
+        self._count(len(head) + len(body) + sum(size for _, size in blobs))
 
     def remove(self, key: str) -> None:
         """Forget a result. Its blobs go when room is next made."""
@@ -134,6 +131,20 @@ class ResultStore:
                     size += item.stat(follow_symlinks=False).st_size
         return size
 
+    def _count(self, written: int) -> None:
+        """Note that so much was written; look again how much there is, and make room, where it is time."""
+        share = self._max_size // 16
+        self._size = (self._size or 0) + written
+        self._unchecked += written
+        if self._size <= self._max_size and self._unchecked <= share:
+            return
+        with self._sweeping:
+            if self._unchecked > share:
+                self._size, self._unchecked = self.size(), 0
+            if self._size > self._max_size:
+                # A little more than needed, so that not every result to come makes room again.
+                self._shrink(self._max_size - share)
+
     def _shrink(self, max_size: int) -> None:
         """Drop blobs that no document names, for want of room those too that one may yet name; then the least used."""
         listed, blobs = sorted(self._listed(), key=lambda result: result.used), dict(self._blobs.digests())
@@ -152,7 +163,7 @@ class ResultStore:
             for digest in {digest for digest, _ in result.blobs if not named[digest]}:
                 if self._blobs.remove(digest):
                     size -= blobs.get(digest, 0)
-        self._size = size
+        self._size, self._unchecked = size, 0
 
     def _add(self, pieces: Sequence[Buffer]) -> tuple[str, int]:
         """Publish the pieces as one blob, without joining them in memory."""

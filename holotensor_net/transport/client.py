@@ -33,14 +33,15 @@ from ..errors import (
     InvalidUrl,
     NetworkError,
     ProtocolError,
+    RateLimited,
     Timeout,
     redact_url,
 )
 from ..values import HeadInfo, RangeRequest
 from . import guards
 from .digests import LINKED, check_digests
-from .retry import Patience, retrying
-from .sockets import LiveSockets, pool_classes
+from .retry import HOSTS, LONGEST_RETRY_AFTER, Allowance, Patience, retrying
+from .sockets import Interrupt, LiveSockets, pool_classes
 from .transfer import Answer, Ask, OpenSink, Transfer, Write
 from .translation import translated
 
@@ -100,6 +101,7 @@ class HttpClient:
         self._local = threading.local()
         self._sockets = LiveSockets(self.config.timeout, clock=self._clock)
         self._sessions: weakref.WeakSet[requests.Session] = weakref.WeakSet()  # a thread's ends with it
+        self._host = HOSTS.of(_origin_of(self.endpoint.url))
         self._process = os.getpid()
 
     def _settle(self) -> None:
@@ -169,7 +171,8 @@ class HttpClient:
 
     def head(self, path: str) -> HeadInfo:
         """What the server says of the object: size, validators, whether it serves ranges. No body is moved."""
-        patience = self._patience()
+        self._settle()
+        patience, allowance = self._patience(), Allowance(self._host)
 
         def ask() -> HeadInfo:
             with self._answer("HEAD", path, {"Accept-Encoding": "identity"}, patience) as (response, headers):
@@ -179,8 +182,9 @@ class HttpClient:
                 return guards.head_info(headers, guards.content_length(headers), ranges=False)
 
         with self._told_where(path, None):
-            result: HeadInfo = retrying(self.config.retry, patience)(ask)
-            return result
+            result: HeadInfo = retrying(self.config.retry, patience, may_retry=allowance.pays)(ask)
+        allowance.give_back()
+        return result
 
     def transfer(
         self,
@@ -191,15 +195,18 @@ class HttpClient:
         on_bytes: Callable[[int], None] = lambda _: None,
         on_retry: Callable[[NetworkError], None] = lambda _: None,
         compressed: bool = False,
+        interrupt: Interrupt | None = None,
     ) -> Answer:
         """Move what ``ask`` names into the sink, however many requests it takes; the engine's door.
 
         ``on_bytes`` is told of every block as it arrives, and may wait (a rate limit) or raise; ``on_retry`` of every
-        failure that is followed by another attempt. Raises ObjectChanged when the version moves under the transfer,
-        RangeNotSupported for a 200 to a range, ConfigurationError for an empty range, RetriesExhausted, and the rest
-        of the tree.
+        failure that is followed by another attempt. ``interrupt`` cuts the transfer's connections; its event belongs
+        into ``patience``, which says in what error that ends. Raises ObjectChanged when the version moves under the
+        transfer, RangeNotSupported for a 200 to a range, ConfigurationError for an empty range, RetriesExhausted, and
+        the rest of the tree.
         """
-        patience = patience or self._patience()
+        self._settle()
+        patience, allowance = patience or self._patience(), Allowance(self._host)
         known = ask.pinned if ask.pinned is not None and ask.pinned.is_strong else None
         wanted = ask.byte_range
         state = Transfer(ask, wanted.start if wanted else 0, wanted.stop if wanted else ask.size, known, ask.size)
@@ -216,10 +223,11 @@ class HttpClient:
                     )
             raise ProtocolError("the server keeps sending less than it was asked for")
 
-        with self._told_where(ask.path, wanted):
+        with self._told_where(ask.path, wanted), self._sockets.interruptible(interrupt):
             if wanted is not None and not wanted.length:
                 raise ConfigurationError("HTTP cannot ask for an empty range: ask for one byte or more")
-            retrying(self.config.retry, patience, on_retry=on_retry)(attempt)
+            retrying(self.config.retry, patience, may_retry=allowance.pays, on_retry=on_retry)(attempt)
+        allowance.give_back()
         assert state.head is not None
         delivered = None if state.not_modified else RangeRequest(state.start, state.position)
         return Answer(state.head, delivered, state.not_modified, state.requests, state.unproved)
@@ -289,28 +297,50 @@ class HttpClient:
         url = self.endpoint.url_of(path)
         self._settle()
         self._check(patience)
+        with self._turn(patience):
+            try:
+                response, linked = self._admitted(method, url, headers, patience)
+                with translated():
+                    try:
+                        said = {name.lower(): value.strip(" \t") for name, value in response.headers.items()}
+                        said.pop(LINKED, None)  # of whoever answered in the end
+                        yield response, said | ({LINKED: linked} if linked else {})
+                        self._drain(response, patience)
+                    except HttpError as error:
+                        if isinstance(error, RateLimited):
+                            self._host.silence(error, self._clock())
+                        self._drain(response, patience)
+                        raise
+                    finally:
+                        _close(response)
+            except (ConnectionFailed, Timeout):
+                self._check(patience)  # an interrupted wait ends in whatever error the moment makes: say what it was
+                raise
+
+    @contextlib.contextmanager
+    def _turn(self, patience: Patience) -> Iterator[None]:
+        """A connection to ask over, once one is free and the host has not asked for silence."""
         slots = self._slots
-        if not slots.acquire(timeout=max(0.0, patience.remaining(self.config.timeout))):
-            self._check(patience)
-            raise Timeout("no connection came free: raise max_connections, or ask from fewer threads")
+        while True:
+            self._keep_silence(patience)
+            if not slots.acquire(timeout=max(0.0, patience.remaining(self.config.timeout))):
+                self._check(patience)
+                raise Timeout("no connection came free: raise max_connections, or ask from fewer threads")
+            if self._host.refusal(self._clock()) is None:
+                break
+            slots.release()
         try:
-            response, linked = self._admitted(method, url, headers, patience)
-            with translated():
-                try:
-                    said = {name.lower(): value.strip(" \t") for name, value in response.headers.items()}
-                    said.pop(LINKED, None)  # of whoever answered in the end
-                    yield response, said | ({LINKED: linked} if linked else {})
-                    self._drain(response, patience)
-                except HttpError:
-                    self._drain(response, patience)
-                    raise
-                finally:
-                    _close(response)
-        except (ConnectionFailed, Timeout):
-            self._check(patience)  # an interrupted wait ends in whatever error the moment makes: say what it was
-            raise
+            yield
         finally:
             slots.release()
+
+    def _keep_silence(self, patience: Patience) -> None:
+        """Wait until the host may be asked. Raises RateLimited at once where nobody would wait so long."""
+        while (refusal := self._host.refusal(self._clock())) is not None:
+            seconds = refusal.retry_after or 0.0
+            if seconds > LONGEST_RETRY_AFTER or not patience.outlasts(seconds):
+                raise refusal
+            patience.sleep(seconds)
 
     def _check(self, patience: Patience) -> None:
         if self._closing.is_set():

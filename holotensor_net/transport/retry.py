@@ -1,24 +1,40 @@
-"""Trying again: when, how often, how long between, and never past the caller's patience.
+"""Trying again: when, how often, how long between, and never past the caller's patience, or the host's.
 
 Retries live here alone. An adapter's own would miss the body and sleep through a closing loader.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import tenacity
 
 from ..config import RetryConfig
-from ..errors import Cancelled, DeadlineExceeded, NetworkError, RetriesExhausted
+from ..errors import (
+    Cancelled,
+    ConnectionFailed,
+    DeadlineExceeded,
+    HttpError,
+    NetworkError,
+    RateLimited,
+    RetriesExhausted,
+    StalledTransfer,
+    Timeout,
+)
 
-__all__ = ["LONGEST_RETRY_AFTER", "Patience", "retrying"]
+__all__ = ["HOSTS", "LONGEST_RETRY_AFTER", "Allowance", "Host", "Hosts", "Patience", "retrying"]
 
 LONGEST_RETRY_AFTER = 60.0
 """Seconds. A server that asks for more than this is not waited for: its error is handed up at once."""
+
+_LONGEST_SILENCE = 3600.0  # seconds; a host that asked for years by mistake is asked again some day
+_RESERVE = 32.0  # retries that a host is asked for before anything went well
+_EARNED = 0.1  # retries, by each transfer
+_MOST_HOSTS = 256
 
 _LONGEST_WAIT = 7 * 86400.0  # seconds; beyond some 1e9, sockets and locks raise OverflowError
 
@@ -65,6 +81,101 @@ class Patience:
         self.check()
 
 
+class Host:
+    """What all of this process that talk to a host share: the retries that it may still be asked for, and the silence
+    that it asked for. Thread-safe: its lock guards both. Times are arguments, in seconds.
+
+    Retries that lead nowhere are at most a tenth of the transfers and a small reserve.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._retries = _RESERVE
+        self._silent_until = float("-inf")
+        self._status = 503
+
+    def earn(self, retries: float) -> None:
+        with self._lock:
+            self._retries = min(_RESERVE, self._retries + retries)
+
+    def spend(self) -> bool:
+        """Whether there is a retry left; it is spent."""
+        with self._lock:
+            is_left = self._retries >= 1
+            self._retries -= is_left
+            return is_left
+
+    def silence(self, refusal: RateLimited, now: float) -> None:
+        """The host asked for no requests for a while, whoever makes them."""
+        until = now + min(refusal.retry_after or 0.0, _LONGEST_SILENCE)
+        with self._lock:
+            if until > self._silent_until:
+                self._silent_until, self._status = until, refusal.status
+
+    def refusal(self, now: float) -> RateLimited | None:
+        """What the host would say to a request now, with the seconds that are left; None if it may be asked."""
+        with self._lock:
+            seconds = self._silent_until - now
+            return RateLimited(status=self._status, retry_after=seconds) if seconds > 0 else None
+
+
+class Hosts:
+    """The hosts that this process has talked to, the latest of them. Thread-safe, and new in a child process: its lock
+    guards the table."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin with none."""
+        self._lock = threading.Lock()
+        self._known: dict[Hashable, Host] = {}
+        self._process = os.getpid()
+
+    def of(self, name: Hashable) -> Host:
+        if os.getpid() != self._process:
+            self.forget()
+        with self._lock:
+            host = self._known.pop(name) if name in self._known else Host()
+            self._known[name] = host
+            while len(self._known) > _MOST_HOSTS:
+                del self._known[next(iter(self._known))]
+            return host
+
+
+HOSTS = Hosts()
+"""Those of this process."""
+
+
+class Allowance:
+    """The retries of one transfer, paid by its host's budget. Those that led to success are given back."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._spent = 0
+        host.earn(_EARNED)
+
+    def pays(self, error: NetworkError) -> bool:
+        """Whether another attempt may be made after this error. Only what may be the host's burden costs anything: a
+        body that was cut on the way does not."""
+        if not _is_burden(error):
+            return True
+        is_paid = self._host.spend()
+        self._spent += is_paid
+        return is_paid
+
+    def give_back(self) -> None:
+        self._host.earn(self._spent)
+        self._spent = 0
+
+
+def _is_burden(error: NetworkError) -> bool:
+    """Whether the host may have failed because too much is asked of it."""
+    if isinstance(error, ConnectionFailed):
+        return not error.established
+    return isinstance(error, HttpError | Timeout) and not isinstance(error, StalledTransfer)
+
+
 class _WaitAtLeastRetryAfter(tenacity.wait.wait_base):
     """Exponential backoff, with full jitter if asked, never less than the server's Retry-After."""
 
@@ -97,6 +208,16 @@ class _StopBeforeLongRetryAfter(tenacity.stop.stop_base):
 
     def __call__(self, state: tenacity.RetryCallState) -> bool:
         return _retry_after(state) > LONGEST_RETRY_AFTER
+
+
+class _StopWithoutAllowance(tenacity.stop.stop_base):
+    """Stop when nobody pays for another attempt. To be asked last: what it allows is paid for."""
+
+    def __init__(self, may_retry: Callable[[NetworkError], bool]) -> None:
+        self._may_retry = may_retry
+
+    def __call__(self, state: tenacity.RetryCallState) -> bool:
+        return not self._may_retry(_error_of(state))
 
 
 def _error_of(state: tenacity.RetryCallState) -> NetworkError:
@@ -134,11 +255,13 @@ def retrying(
     patience: Patience,
     *,
     draw: Callable[[float, float], float] = random.uniform,
+    may_retry: Callable[[NetworkError], bool] = lambda _: True,
     on_retry: Callable[[NetworkError], None] = lambda _: None,
 ) -> tenacity.Retrying:
     """A tenacity policy: call it with a function, which is tried until it returns, or until trying makes no sense.
 
-    ``on_retry`` is told of each failure that will be followed by another attempt. Raises what the function raised if
+    ``may_retry`` is asked before another attempt that nothing else speaks against, and ``on_retry`` told of the failure
+    that it follows. Raises what the function raised if
     that is not retryable or was the only attempt, else RetriesExhausted.
     """
     return tenacity.Retrying(
@@ -147,6 +270,7 @@ def retrying(
             tenacity.stop_after_attempt(config.max_retries + 1),
             _StopBeforeDeadline(patience),
             _StopBeforeLongRetryAfter(),
+            _StopWithoutAllowance(may_retry),
         ),
         wait=_WaitAtLeastRetryAfter(config, draw),
         retry=tenacity.retry_if_exception(_worth_retrying),

@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from urllib3 import connectionpool
@@ -32,7 +32,7 @@ from urllib3.util.response import assert_header_parsing
 
 from ..errors import without_query
 
-__all__ = ["SLOWEST", "LiveSockets", "pool_classes"]
+__all__ = ["SLOWEST", "Interrupt", "LiveSockets", "pool_classes"]
 
 SLOWEST = 128.0
 """Bytes/s. What comes slower than this, over a whole window, is a drip."""
@@ -47,6 +47,38 @@ class _Own(threading.local):
     """What belongs to one thread."""
 
     seconds: Callable[[], float] = staticmethod(lambda: _LONGEST)
+    interrupt: Interrupt | None = None
+
+
+class Interrupt:
+    """Ends one transfer from another thread, whatever it waits for: ``fired`` is set, and its connections are cut.
+
+    Its lock guards the sockets.
+    """
+
+    def __init__(self) -> None:
+        self.fired = threading.Event()
+        self._lock = threading.Lock()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+    def fire(self) -> None:
+        """End the transfer; idempotent, and without effect on what its thread does after it."""
+        self.fired.set()
+        with self._lock:  # shutting down waits for nobody; a socket that was let go of may be another transfer's
+            for sock in self._sockets:
+                _shut_down(sock)
+
+    def add(self, sock: socket.socket) -> None:
+        """Take ``sock`` along. Raises OSError once fired."""
+        with self._lock:
+            self._sockets.add(sock)
+        if self.fired.is_set():
+            raise ConnectionAbortedError("the transfer was interrupted")
+
+    def let_go(self) -> None:
+        """The transfer has ended: its connections are not its own any more."""
+        with self._lock:
+            self._sockets.clear()
 
 
 class LiveSockets:
@@ -69,6 +101,19 @@ class LiveSockets:
             if self._aborted:
                 raise ConnectionAbortedError("the client is closed")
             self._open.add(sock)
+        if self._own.interrupt is not None:
+            self._own.interrupt.add(sock)
+
+    @contextlib.contextmanager
+    def interruptible(self, interrupt: Interrupt | None) -> Iterator[None]:
+        """Let ``interrupt`` cut what this thread opens or uses within the block."""
+        self._own.interrupt = interrupt
+        try:
+            yield
+        finally:
+            self._own.interrupt = None
+            if interrupt is not None:
+                interrupt.let_go()
 
     def wait_at_most(self, seconds: Callable[[], float]) -> None:
         """Bound every wait of this thread from now on; ``seconds`` is asked before each."""

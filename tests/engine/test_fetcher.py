@@ -161,7 +161,9 @@ class Line:
         self._endpoint = endpoint
         self._calls = calls
 
-    def transfer(self, ask: Ask, open_sink: Any, patience: Any, *, on_bytes: Any, on_retry: Any) -> Answer:
+    def transfer(
+        self, ask: Ask, open_sink: Any, patience: Any, *, on_bytes: Any, on_retry: Any, interrupt: Any
+    ) -> Answer:
         call = Call(self._endpoint, ask, open_sink, patience, on_bytes)
         self._calls.put(call)
         return call.run()
@@ -980,7 +982,7 @@ def test_an_outage_ends_with_the_first_byte_and_not_with_the_last(bench: Callabl
     first = it.submit(LoadRequest("a", "a"))
     it.call().fail(ConnectionFailed("refused"))
     assert first.result(NEVER).error is not None
-    it.fetcher._routes._health[0].retry_at = 0.0
+    it.fetcher._routes._health[0].failed_at = 0.0
     probe = it.submit(LoadRequest("b", "b"))
     probing = it.call()
     early = it.submit(LoadRequest("c", "c"))

@@ -20,8 +20,9 @@ from typing import Any
 from unittest import mock
 
 from hostile.fault_origin import Addresses, origin_process
-from hostile.faults import BY_NAME, Fault
+from hostile.faults import BY_NAME
 from hostile.runner import run, some
+from hostile.storm import SCENES
 
 from holotensor_net.engine import fetcher
 from holotensor_net.transport import client, digests, guards, retry, sockets, transfer
@@ -31,6 +32,9 @@ ROOMS = (guards, digests, transfer, client, sockets)
 
 AT_ONCE = 12
 """Transfers of a row that are made to see whether it notices."""
+
+CROWD = 50
+"""The same, of a scene with a crowd."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,8 @@ def judgements() -> Iterator[Mutant]:
     yield _patched(sockets, "SLOWEST", 0.0)
     yield _patched(retry._StopBeforeDeadline, "__call__", lambda *_: False)
     yield _patched(retry, "_worth_retrying", lambda error: True)
+    yield _patched(retry.Allowance, "pays", lambda *_: True)
+    yield _patched(retry.Host, "refusal", lambda *_: None)
     yield _changed(transfer, "Transfer.resume", "resumes what has no version", ("self.version is None or ", ""))
     yield _changed(client, "HttpClient._follow", "a head may drip for ever", ("headed_by - self._clock()", "1e6"))
 
@@ -232,11 +238,13 @@ CAUGHT_BY = {
     "client._DRAIN ": "29-endless-500-in-a-hurry",
     "sockets.SLOWEST": "27-body-drip",
     "_StopBeforeDeadline": "31-retry-after-beyond-the-deadline",
+    "Allowance.pays": "32-refused",
+    "Host.refusal": "32-silenced",
     "retry._worth_retrying": "33-status-400",
     "resumes what has no version": "20-cut-of-a-weak-version",
     "a head may drip for ever": "27-head-drip",
 }
-"""Words of a mutant's name → the row that notices it."""
+"""Words of a mutant's name → the row, or the scene with a crowd, that notices it."""
 
 EXCUSED = {
     "raise ValueError('no comma')": "what is no comma is no member either, and so refused as that",
@@ -261,25 +269,28 @@ def mutants() -> list[Mutant]:
 # -- who notices
 
 
-def row_for(mutant: Mutant) -> Fault | None:
+def row_for(mutant: Mutant) -> str | None:
     """The row that is to notice a mutant; None if it is excused. Raises LookupError for one that nobody thought of."""
     for words, row in CAUGHT_BY.items():
         if words in mutant.name:
-            return BY_NAME[row]
+            return row
     if any(words in mutant.name for words in EXCUSED):
         return None
     raise LookupError(f"no row is named for a new guard, {mutant.name}: add one to CAUGHT_BY")
 
 
-def notices(fault: Fault, mutant: Mutant, addresses: Addresses, folder: Path) -> bool:
+def notices(row: str, mutant: Mutant, addresses: Addresses, folder: Path) -> bool:
     """Whether a row of the matrix fails without the guard."""
     with mutant.off():
+        if row in SCENES:
+            return bool(SCENES[row](CROWD, folder))
+        fault = BY_NAME[row]
         return bool(run(fault, some(fault, AT_ONCE), addresses, folder).wrongs)
 
 
-def line(mutant: Mutant, row: Fault | None, verdict: str) -> str:
+def line(mutant: Mutant, row: str | None, verdict: str) -> str:
     """A line of the table."""
-    return f"{mutant.name[:100]:<100}  {row.name if row else '–':<40}  {verdict}"
+    return f"{mutant.name[:100]:<100}  {row or '–':<40}  {verdict}"
 
 
 def main() -> int:

@@ -9,12 +9,13 @@ import random
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from hostile.fault_origin import Addresses
 from hostile.faults import Fault
@@ -24,7 +25,9 @@ from wire import write_certificate
 from holotensor_net import errors
 from holotensor_net.config import CdnEndpoint, NetworkConfig, RetryConfig
 from holotensor_net.engine.loader import NetworkLoader
+from holotensor_net.transport import client
 from holotensor_net.transport.client import HttpClient
+from holotensor_net.transport.retry import Host, Hosts
 from holotensor_net.values import LoadRequest, RangeRequest, Validator
 
 OVERRUN = 0.25
@@ -80,6 +83,18 @@ class Report:
 
 def run(fault: Fault, planned: list[Case], addresses: Addresses, folder: Path, *, workers: int | None = None) -> Report:
     """Make the transfers, several at a time, each worker with loaders and a cache of its own, and judge them all."""
+    with mock.patch.object(client, "HOSTS", _Strangers()):
+        return _run(fault, planned, addresses, folder, workers)
+
+
+class _Strangers(Hosts):
+    """Every client meets the host for the first time: what one transfer was told is not to end another."""
+
+    def of(self, name: Hashable) -> Host:
+        return Host()
+
+
+def _run(fault: Fault, planned: list[Case], addresses: Addresses, folder: Path, workers: int | None) -> Report:
     addresses.settle(fault.name)  # what an earlier run of the same row left
     report = Report(fault, len(planned))
     count = min(len(planned), workers or (16 if fault.waits else 6))
@@ -193,7 +208,8 @@ def _work(fault: Fault, planned: list[Case], addresses: Addresses, folder: Path,
                 return open_ones.enter_context(HttpClient(config.endpoints[0], config))
             return open_ones.enter_context(NetworkLoader(config))
 
-        door = new_door if fault.waits else functools.cache(new_door)  # one that is silent is set aside for a while
+        # One that is silent is set aside for a while, and one that is busy asked less.
+        door = new_door if fault.waits or fault.number in (26, 29, 31, 32) else functools.cache(new_door)
         for case in planned:
             for _ in range(2 if fault.twice else 1):
                 tokens.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,7 +106,6 @@ def _load(loader: NetworkLoader, case: Case) -> LoadResult:
     return loader.load(LoadRequest(case.key, case.path, byte_range=RangeRequest(*case.wanted)))
 
 
-@pytest.mark.xfail(reason="there is no retry budget for a host yet", strict=True)
 def test_32_a_storm_meets_one_budget_for_the_host(addresses: Addresses, tmp_path: Path) -> None:
     storm = [_case("32-busy", seed, lasting=True) for seed in range(300)]
     with NetworkLoader(_settings(addresses, tmp_path)) as loader, ThreadPoolExecutor(8) as callers:
@@ -115,13 +115,13 @@ def test_32_a_storm_meets_one_budget_for_the_host(addresses: Addresses, tmp_path
     assert sum(ledger["requests"] for ledger in ledgers.values()) <= 1.1 * len(storm) + BUDGET
 
 
-@pytest.mark.xfail(reason="slow pieces are not hedged yet", strict=True)
 def test_36_a_slow_piece_is_asked_of_the_next_endpoint_too(addresses: Addresses, tmp_path: Path) -> None:
     slow = _case("28-stall-before-the-head", 1)
     with NetworkLoader(_settings(addresses, tmp_path, "a", "b", timeout=3.0)) as loader:
         for seed in range(60):  # sound, for the loader to know how long an answer takes
             assert _load(loader, _case("4-half-of-it", seed, shape="ranged", size=1)).is_success
-        result = _load(loader, slow)
+        digest = f"sha256:{hashlib.sha256(slow.truth()).hexdigest()}"  # what is not proven to be the same is not hedged
+        result = loader.load(LoadRequest(slow.key, slow.path, byte_range=RangeRequest(*slow.wanted), checksum=digest))
     addresses.settle("4-half-of-it")
     addresses.settle(slow.fault)
     assert bytes(result.data) == slow.truth()

@@ -237,6 +237,14 @@ def test_size_stays_below_the_limit(tmp_path: Path) -> None:
     assert store.size() > 70_000
 
 
+def test_what_others_write_meanwhile_counts_too(tmp_path: Path) -> None:
+    stores = [ResultStore(tmp_path, 100_000) for _ in range(4)]
+    for number, key in enumerate(KEYS[:80]):
+        stores[number % 4].put(key, None, [[key.encode() * 50]])
+        assert stores[0].size() <= 100_000 + 4 * (100_000 // 16 + 3500)
+    assert all(store.get(KEYS[79]) is not None for store in stores)
+
+
 def test_what_others_left_counts_too(tmp_path: Path) -> None:
     for key in KEYS[:10]:
         ResultStore(tmp_path, LARGE).put(key, None, [[key.encode() * 100]])

@@ -995,6 +995,84 @@ def test_a_retry_after_beyond_the_deadline_is_not_waited_for(client: Open) -> No
         client(wire, retry=retry).fetch("a")
 
 
+def timed(times: list[float], reply: bytes) -> Callable[[Request], bytes]:
+    """The answer, with a note of when it was asked for."""
+
+    def told(_: Request) -> bytes:
+        times.append(time.monotonic())
+        return reply
+
+    return told
+
+
+@pytest.mark.parametrize("retry_after", ["1", "date"])
+def test_every_client_of_a_host_keeps_the_silence_that_one_was_asked_for(client: Open, retry_after: str) -> None:
+    times: list[float] = []
+    wall = itertools.repeat(NOW).__next__
+    said = formatdate(NOW + 1, usegmt=True) if retry_after == "date" else retry_after
+    with Wire(timed(times, answer(status=503, retry_after=said)), timed(times, answer(DATA))) as wire:
+        with pytest.raises(RateLimited):
+            client(wire, wall=wall).fetch("a")
+        assert client(wire.url + "/other").fetch("b") == DATA
+        assert times[1] - times[0] >= 1.0
+
+
+@pytest.mark.parametrize("retry_after", [30, 3600, 10**9])
+def test_who_cannot_wait_for_the_end_of_a_silence_is_told_at_once_and_asks_for_nothing(
+    client: Open, retry_after: int
+) -> None:
+    hasty = RetryConfig(max_retries=3, deadline=5.0)
+    with Wire(answer(status=429, retry_after=retry_after)) as wire:
+        with pytest.raises(RateLimited):
+            client(wire).head("a")
+        for _ in range(3):
+            with within(1.0), pytest.raises(RateLimited) as caught:
+                client(wire, retry=hasty).fetch("a")
+            assert caught.value.status == 429
+            assert 20 < (caught.value.retry_after or 0.0) <= min(retry_after, 3600)
+        assert len(wire.requests) == 1
+
+
+def refuse(asking: HttpClient) -> None:
+    with pytest.raises(RateLimited):
+        asking.fetch("a")
+
+
+def test_who_waits_for_a_connection_does_not_use_it_in_a_silence(client: Open) -> None:
+    asked = threading.Event()
+    times: list[float] = []
+    first = [asked, answer(status=503, retry_after=1)]
+    with Wire(first, timed(times, answer(DATA))) as wire:
+        asking = client(wire, max_connections=1)
+        refused = threading.Thread(target=refuse, args=(asking,))
+        refused.start()
+        wire.await_requests(1)
+        waiting = threading.Thread(target=lambda: asking.fetch("b"))
+        waiting.start()
+        began = time.monotonic()
+        asked.set()
+        waiting.join(5)
+        refused.join(5)
+        assert times[0] - began >= 1.0
+
+
+def test_clients_of_one_host_share_its_retries(client: Open) -> None:
+    with Wire(always=answer(status=500)) as wire:
+        asking = [client(wire, retry=QUICK), client(wire.url + "/other", retry=QUICK)]
+        for number in range(60):
+            with pytest.raises(NetworkError):
+                asking[number % 2].fetch("a")
+        assert 60 + 30 <= len(wire.requests) <= 66 + 32
+
+
+def test_retries_that_lead_to_success_are_not_counted(client: Open) -> None:
+    with Wire(*[answer(status=500), answer(DATA), answer(status=503), answer(content_length=5)] * 50) as wire:
+        asking = client(wire, retry=QUICK)
+        for _ in range(50):
+            assert asking.fetch("a") == DATA
+            assert asking.head("a").size == 5
+
+
 def test_no_request_is_made_before_retry_after_is_over(client: Open) -> None:
     with Wire(answer(status=503, retry_after=1), answer(DATA)) as wire:
         began = time.monotonic()

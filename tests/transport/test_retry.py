@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
@@ -25,7 +26,7 @@ from holotensor_net.errors import (
     StalledTransfer,
     Timeout,
 )
-from holotensor_net.transport.retry import LONGEST_RETRY_AFTER, Patience, retrying
+from holotensor_net.transport.retry import LONGEST_RETRY_AFTER, Allowance, Host, Hosts, Patience, retrying
 from holotensor_net.values import RangeRequest
 
 
@@ -331,3 +332,126 @@ def test_a_policy_can_be_used_again(clock: Clock) -> None:
     policy = retrying(steady(max_retries=1), patience(clock))
     assert policy(failing(ConnectionFailed())) == "done"
     assert policy(failing(ConnectionFailed())) == "done"
+
+
+# -- what all who talk to a host share
+
+BUSY = RateLimited(status=503)
+
+
+def refused_until_the_end(host: Host, transfers: int, retries: int = 3) -> int:
+    """How many retries so many transfers make, all of which are refused."""
+    made = 0
+    for _ in range(transfers):
+        allowance = Allowance(host)
+        for _ in range(retries):
+            if not allowance.pays(BUSY):
+                break
+            made += 1
+    return made
+
+
+@pytest.mark.parametrize("transfers", [1, 10, 100, 5000])
+def test_retries_that_lead_nowhere_are_a_tenth_of_the_transfers_and_a_reserve(transfers: int) -> None:
+    assert refused_until_the_end(Host(), transfers) <= 0.1 * transfers + 32
+    assert refused_until_the_end(Host(), 10) == 30  # a bad moment is nobody's end
+
+
+def test_transfers_that_need_no_retry_earn_no_more_than_the_reserve() -> None:
+    host = Host()
+    for _ in range(5000):
+        Allowance(host).give_back()
+    assert refused_until_the_end(host, 100) <= 42
+
+
+def test_retries_that_lead_to_success_are_given_back() -> None:
+    host = Host()
+    for _ in range(1000):
+        allowance = Allowance(host)
+        assert allowance.pays(BUSY)
+        allowance.give_back()
+        allowance.give_back()  # once
+    assert refused_until_the_end(host, 100) <= 42
+
+
+def test_what_is_not_the_hosts_burden_costs_nothing() -> None:
+    host = Host()
+    while host.spend():
+        pass
+    allowance = Allowance(host)
+    for error in (ConnectionFailed(established=True), StalledTransfer(), ProtocolError(), ChecksumMismatch()):
+        assert allowance.pays(error)
+    for error in (BUSY, HttpError(500), Timeout(), ConnectionFailed(established=False)):
+        assert not allowance.pays(error)
+
+
+def test_another_attempt_is_paid_for_only_where_nothing_else_speaks_against_it(clock: Clock) -> None:
+    asked: list[NetworkError] = []
+
+    def pays(error: NetworkError) -> bool:
+        asked.append(error)
+        return len(asked) < 3
+
+    errors = [ConnectionFailed(str(number)) for number in range(9)]
+    with pytest.raises(RetriesExhausted) as caught:
+        retrying(steady(max_retries=8), patience(clock), may_retry=pays)(failing(*errors))
+    assert asked == errors[:3]
+    assert caught.value.attempts == 3
+    for last in (RateLimited(retry_after=LONGEST_RETRY_AFTER + 1), RateLimited(retry_after=30.0), NotFound()):
+        with pytest.raises(NetworkError):
+            retrying(steady(), patience(clock, 20.0), may_retry=pays)(failing(last))
+    assert len(asked) == 3
+
+
+def test_a_host_is_silent_as_long_as_it_asked_for() -> None:
+    host = Host()
+    assert host.refusal(100.0) is None
+    host.silence(RateLimited(status=429, retry_after=20.0), 100.0)
+    host.silence(RateLimited(status=503, retry_after=5.0), 101.0)  # a shorter silence does not end a longer one
+    refusal = host.refusal(110.0)
+    assert refusal is not None
+    assert (refusal.status, refusal.retry_after) == (429, 10.0)
+    assert host.refusal(119.9) is not None
+    assert host.refusal(120.0) is None
+
+
+@pytest.mark.parametrize("retry_after", [None, 0.0])
+def test_a_refusal_without_a_time_silences_nobody(retry_after: float | None) -> None:
+    host = Host()
+    host.silence(RateLimited(retry_after=retry_after), 100.0)
+    assert host.refusal(100.0) is None
+
+
+def test_a_silence_of_years_ends_within_the_hour() -> None:
+    host = Host()
+    host.silence(RateLimited(retry_after=1e9), 100.0)
+    assert host.refusal(3600.0) is not None
+    assert host.refusal(3700.0) is None
+
+
+def test_a_host_is_the_same_for_all_who_name_it() -> None:
+    hosts = Hosts()
+    first = hosts.of("a")
+    assert hosts.of("b") is not first
+    assert hosts.of("a") is first
+    hosts.forget()
+    assert hosts.of("a") is not first
+
+
+def test_of_many_hosts_the_latest_are_known() -> None:
+    hosts = Hosts()
+    first, second = hosts.of(0), hosts.of(1)
+    for name in range(2, 256):
+        hosts.of(name)
+    assert hosts.of(0) is first
+    hosts.of(256)
+    assert hosts.of(0) is first
+    assert hosts.of(1) is not second
+
+
+def test_a_child_process_knows_no_host_and_needs_no_lock_of_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = Hosts()
+    before = hosts.of("a")
+    with hosts._lock:  # held by another thread as the parent forked
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        assert hosts.of("a") is not before

@@ -22,7 +22,7 @@ from urllib3.exceptions import (
 )
 from wire import END, HOLD, RESET, Wire, answer, black_hole, chunked, closed_port, drip, write_certificate
 
-from holotensor_net.transport.sockets import SLOWEST, LiveSockets, pool_classes
+from holotensor_net.transport.sockets import SLOWEST, Interrupt, LiveSockets, pool_classes
 
 Open = Callable[..., Any]
 
@@ -85,6 +85,36 @@ def test_abort_wakes_a_reader_at_once(live: LiveSockets) -> None:
         live.add(ours)
         ready.set()
         assert ours.recv(1) == b""
+
+
+def test_an_interrupt_wakes_its_own_thread_and_no_other(live: LiveSockets) -> None:
+    interrupt = Interrupt()
+    ours, theirs = socket.socketpair()
+    others, far = socket.socketpair()
+    with ours, theirs, others, far:
+        live.add(others)
+        with live.interruptible(interrupt):
+            live.add(ours)
+            waker = threading.Timer(0.01, interrupt.fire)
+            waker.start()
+            assert ours.recv(1) == b""
+            waker.join()
+            with pytest.raises(ConnectionAbortedError):
+                live.add(others)
+        far.send(b"x")
+        assert others.recv(1) == b"x"
+
+
+def test_an_interrupt_that_comes_too_late_cuts_nothing(live: LiveSockets) -> None:
+    interrupt = Interrupt()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with live.interruptible(interrupt):
+            live.add(ours)
+        interrupt.fire()
+        live.add(ours)
+        theirs.send(b"x")
+        assert ours.recv(1) == b"x"
 
 
 def test_nothing_can_be_added_after_abort(live: LiveSockets) -> None:

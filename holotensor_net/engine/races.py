@@ -1,0 +1,90 @@
+"""A piece that is asked for twice: who has it first, and how the other is cut."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from ..errors import ProtocolError
+from ..transport.client import Answer, Ask
+from ..transport.sockets import Interrupt
+from ..values import RangeRequest
+from .loads import Share
+
+__all__ = ["Private", "Prize", "Race"]
+
+
+class Private:
+    """A place for the bytes of one range that nobody else sees."""
+
+    def __init__(self, wanted: RangeRequest) -> None:
+        self._wanted = wanted
+        self._bytes = bytearray(wanted.length)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        begin = offset - self._wanted.start
+        if begin < 0 or begin + len(data) > len(self._bytes):
+            raise ProtocolError("the answer holds more than a piece")
+        self._bytes[begin : begin + len(data)] = data
+
+    def view(self, part: RangeRequest) -> memoryview:
+        """The bytes of ``part`` of the object, which lies within the range."""
+        return memoryview(self._bytes)[part.start - self._wanted.start : part.stop - self._wanted.start]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prize:
+    """What the second brought, and as which version, if any, it was asked for."""
+
+    endpoint: int
+    ask: Ask
+    answer: Answer
+    place: Private
+
+
+@dataclass(eq=False)
+class Race:
+    """A piece on its way from ``endpoint`` since ``began``, and perhaps from another one too.
+
+    Only the first writes to the destination, on the thread that began the piece; the second has a place of its own.
+    If the second has everything, and it is verified, the first is cut; its thread then takes what the second brought
+    in place of its own. ``pause``: seconds until the piece is looked at (again). The lock guards the outcome.
+    """
+
+    shares: list[Share]
+    ask: Ask
+    endpoint: int
+    began: float
+    headed: float | None = None
+    pause: float = 0.0
+    first: Interrupt = field(default_factory=Interrupt)
+    second: Interrupt = field(default_factory=Interrupt)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _prize: Prize | None = None
+    _is_over: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_over
+
+    def win(self, prize: Prize) -> bool:
+        """The second is there; False if it is too late."""
+        with self._lock:
+            if self._is_over:
+                return False
+            self._is_over, self._prize = True, prize
+        self.first.fire()
+        return True
+
+    def end(self) -> Prize | None:
+        """The first has ended, well or not: the second is cut. What it had brought before, if it had."""
+        with self._lock:
+            self._is_over = True
+            prize, self._prize = self._prize, None
+        self.second.fire()
+        return prize
+
+    def stop(self) -> None:
+        """Cut both."""
+        self.first.fire()
+        self.second.fire()
