@@ -83,11 +83,11 @@ class Report:
 
 def run(fault: Fault, planned: list[Case], addresses: Addresses, folder: Path, *, workers: int | None = None) -> Report:
     """Make the transfers, several at a time, each worker with loaders and a cache of its own, and judge them all."""
-    with mock.patch.object(client, "HOSTS", _Strangers()):
+    with mock.patch.object(client, "HOSTS", Strangers()):
         return _run(fault, planned, addresses, folder, workers)
 
 
-class _Strangers(Hosts):
+class Strangers(Hosts):
     """Every client meets the host for the first time: what one transfer was told is not to end another."""
 
     def of(self, name: Hashable) -> Host:

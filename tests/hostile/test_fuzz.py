@@ -23,13 +23,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from hostile.runner import Strangers
 from urllib3.util import parse_url
 from wire import END, HOLD, RESET, Act, Wire, answer, chunked, chunks, drip, part
 
 from holotensor_net.config import ClientConfig, NetworkConfig, RetryConfig
 from holotensor_net.engine.loader import NetworkLoader
 from holotensor_net.errors import InvalidUrl, NetworkError, ObjectChanged, ProtocolError
-from holotensor_net.transport import guards
+from holotensor_net.transport import client, guards
 from holotensor_net.transport.client import HttpClient, _hop
 from holotensor_net.transport.digests import announced
 from holotensor_net.values import LoadRequest, RangeRequest
@@ -443,6 +444,11 @@ def known_ports(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
     monkeypatch.setattr(socket, "getaddrinfo", guarded)
     return ports
+
+
+@pytest.fixture(autouse=True)
+def _strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "HOSTS", Strangers())
 
 
 @runs
