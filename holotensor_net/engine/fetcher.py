@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import enum
+import logging
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -61,6 +63,8 @@ from .sinks import Bounded, Scatter
 
 __all__ = ["Fetcher", "FetcherStats"]
 
+
+_log = logging.getLogger("holotensor_net.engine")
 
 _WORTH_RELIEF = 1 << 20
 """Bytes of a fragment from which publishing it takes longer than starting another worker."""
@@ -114,6 +118,7 @@ class Fetcher:
         self._hedging = Hedging(len(config.endpoints))
         self._versions = Versions()
         self._races: set[Race] = set()
+        self._second_at = Counter[int]()  # how many requests are at each endpoint besides
         self._may_hedge = len(config.endpoints) > 1 if config.hedging is None else config.hedging
         self._rangeless = {i for i, endpoint in enumerate(config.endpoints) if not endpoint.supports_range}
         self._lock = threading.Lock()
@@ -174,7 +179,9 @@ class Fetcher:
     def head(self, path: str) -> HeadInfo:
         """What the first endpoint that answers says of an object. Raises what the last one did."""
         failures: list[NetworkError] = []
-        for endpoint in sorted(range(len(self._clients)), key=lambda index: self._config.endpoints[index].priority):
+        with self._lock:
+            order = self._routes.in_order(self._clock())
+        for endpoint in order:
             try:
                 return self._clients[endpoint].head(path)
             except Cancelled:
@@ -447,6 +454,7 @@ class Fetcher:
             ask, second = self._as_proven(race, now), self._second(race, now)
             if ask is not None and second is not None and self._hedging.spend():
                 self._hedges += 1
+                self._second_at[second] += 1
                 self._executor.submit(self._hedge, race, second, ask)
                 return
         race.pause *= 2
@@ -455,8 +463,11 @@ class Fetcher:
     def _second(self, race: Race, now: float) -> int | None:
         """Whom to ask for a piece that is slow. With the lock held."""
         excluded = set().union(*(self._excluded(share.load) for share in race.shares))
-        other = self._routes.other(race.endpoint, excluded, now)
-        return race.endpoint if other is None and self._config.hedging else other
+        second = self._routes.other(race.endpoint, excluded, now)
+        if second is None and self._config.hedging:
+            second = race.endpoint
+        there = sum(one.endpoint == second for one in self._races) + self._second_at[second or 0]
+        return second if there < self._config.max_concurrent else None
 
     def _as_proven(self, race: Race, now: float) -> Ask | None:
         """How to ask another endpoint for a piece so that it can bring no other bytes; None if nothing would prove
@@ -495,11 +506,16 @@ class Fetcher:
         except NetworkError as error:
             with self._lock:
                 self._report(endpoint, error)
+        except Exception:
+            _log.exception("asking a second time failed")
         else:
             with self._lock:
                 self._routes.delivered(endpoint, headed - began, self._clock())
                 self._requests += answer.requests
             race.win(Prize(endpoint, ask, answer, place))
+        finally:
+            with self._lock:
+                self._second_at[endpoint] -= 1
 
     def _take_over(self, race: Race, prize: Prize) -> Answer:
         """What the second brought goes where the first would have put it."""

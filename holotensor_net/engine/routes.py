@@ -147,6 +147,10 @@ class Routes:
                 return index
         return closed[0]
 
+    def in_order(self, now: float) -> list[int]:
+        """All endpoints, those that are well first."""
+        return sorted(self._in_order((), now), key=lambda index: self._health[index].failures > 0)
+
     def other(self, index: int, tried: Collection[int], now: float) -> int | None:
         """The endpoint to ask as well as ``index``; None if none is well."""
         others = (other for other in self._in_order(tried, now) if other != index)

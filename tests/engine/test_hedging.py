@@ -296,6 +296,15 @@ def test_a_slow_piece_of_a_long_fragment_comes_from_the_next_endpoint(load: Call
         assert second.served == 1
 
 
+def test_no_endpoint_is_asked_for_more_at_once_than_is_allowed(load: Callable[..., NetworkLoader]) -> None:
+    count = iter(range(1 << 30))
+    with Mirror(slow=lambda _: 0.3 if next(count) == 40 else 0.0) as alone:
+        loader = load(alone, hedging=True, max_concurrent=1)
+        warm(loader)
+        assert bytes(loader.load(piece(1000)).data) == right(piece(1000))
+        assert loader.stats().hedges == 0
+
+
 def test_closing_ends_both_at_once(load: Callable[..., NetworkLoader]) -> None:
     asked = threading.Event()
 

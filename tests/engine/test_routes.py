@@ -269,6 +269,13 @@ def test_only_one_that_is_well_is_asked_besides() -> None:
     assert routes(0).other(0, (), 0.0) is None
 
 
+def test_those_that_are_well_come_first_in_order() -> None:
+    road = routes(2, 1, 0)
+    assert road.in_order(0.0) == [2, 1, 0]
+    road.unreachable(2, REFUSED, 0.0)
+    assert road.in_order(0.0) == [1, 0, 2]
+
+
 def test_a_probe_that_is_overtaken_keeps_the_circuit_open() -> None:
     road = routes(0, 1)
     road.unreachable(0, REFUSED, 0.0)
