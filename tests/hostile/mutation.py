@@ -252,6 +252,7 @@ EXCUSED = {
     "no connection came free": "a caller's threads, no answer",
     "sent more than it announced": "as chunks say how long they are, nothing gives more than it is asked for",
     "the client is closed": "a closed client, no answer",
+    "the transfer was interrupted": "a transfer that nobody wants any more, no answer",
     "there is no CA bundle": "a setting, no answer",
     "a credential or a header holds": "a setting, no answer",
     "_decoded  raise _too_large": "what goes beyond the bound is not unpacked in any case, and so refused as cut",
