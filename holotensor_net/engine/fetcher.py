@@ -410,6 +410,7 @@ class Fetcher:
             if moved and not load.is_provable:
                 raise _Moved("another endpoint may have another version")
             attempt.endpoint = endpoint
+            attempt.asked_at = attempt.asked_at or self._cache.now()
             return Ask(
                 path=request.path,
                 byte_range=None if load.whole else wanted,
@@ -686,7 +687,7 @@ class Fetcher:
 
     def _confirmed(self, load: Load, answer: Answer) -> LoadSuccess:
         assert load.held is not None
-        data = self._cache.confirm(load.held, answer.head)
+        data = self._cache.confirm(load.held, answer.head, load.request, asked_at=load.attempt.asked_at)
         if data is None:
             raise CacheError("the cached bytes are gone")
         with self._lock:
@@ -717,7 +718,7 @@ class Fetcher:
             check_digests(data, attempt.digests)
         if head.size is None and request.byte_range is None:
             head = replace(head, size=len(data))
-        kept = self._cache.keep(request, endpoint, head, wanted, destination)
+        kept = self._cache.keep(request, endpoint, head, wanted, destination, asked_at=attempt.asked_at)
         return LoadSuccess(request.fragment_id, kept, head=head)
 
     # -- when it goes wrong

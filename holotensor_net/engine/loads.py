@@ -23,9 +23,10 @@ class Attempt:
     """One go at a load: all that must be of one version of the object. ``wanted`` is known once an answer has come,
     ``missing`` counts the bytes of it that have not. ``digests`` of the whole object are to be checked at the end.
     ``is_open_ended``: the destination grows, as nobody knew how long the object is. ``in_flight`` counts those who may
-    be at the destination."""
+    be at the destination. ``asked_at``: the wall clock's time of its first request."""
 
     endpoint: int | None = None
+    asked_at: float | None = None
     head: HeadInfo | None = None
     wanted: RangeRequest | None = None
     missing: int = 0

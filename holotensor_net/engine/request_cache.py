@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..config import CdnEndpoint
 from ..errors import CacheError, redact_url, without_query
 from ..storage.cache import CacheEntry, FragmentCache
-from ..storage.freshness import Freshness
+from ..storage.freshness import Freshness, State, refreshed
 from ..storage.memory import MemoryPart
 from ..storage.parts import PartFile
 from ..values import HeadInfo, LoadRequest, RangeRequest, Validator
@@ -25,6 +26,8 @@ from ..values import HeadInfo, LoadRequest, RangeRequest, Validator
 __all__ = ["Destination", "Found", "RequestCache", "contradicts"]
 
 _log = logging.getLogger("holotensor_net.cache")
+
+_MOST_SIGHTINGS = 4096
 
 
 class Destination(Protocol):
@@ -47,12 +50,28 @@ class Found:
 
     @property
     def head(self) -> HeadInfo:
+        """What the network said of the object."""
         entry = self.entry
         return HeadInfo(entry.object_size, entry.validator, headers=entry.headers)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sighting:
+    """What a server said last of an object, whichever part of it the answer held."""
+
+    validator: Validator
+    headers: Mapping[str, str]
+    requested_at: float
+    received_at: float
+
+
 class RequestCache:
-    """A FragmentCache, asked in terms of requests to a loader's endpoints."""
+    """A FragmentCache, asked in terms of requests to a loader's endpoints.
+
+    What a server says with one part of an object holds for all parts of that version: one confirmation does for all,
+    and once another version was seen, no part of the old one counts as fresh. Thread-safe; the lock guards the
+    sightings.
+    """
 
     def __init__(
         self,
@@ -66,6 +85,12 @@ class RequestCache:
         self._endpoints = endpoints
         self._user_agent = user_agent
         self._clock = clock
+        self._sightings: dict[str, _Sighting] = {}
+        self._lock = threading.Lock()
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return self._clock()
 
     def key(self, request: LoadRequest, endpoint: int) -> str:
         """The cache's key for the answer of one endpoint to a request."""
@@ -75,6 +100,10 @@ class RequestCache:
         wanted = request.byte_range
         part = "whole" if wanted is None else f"{wanted.start}-{wanted.stop}"
         return "\n".join(("url", where.url_of(request.path), part, where.scope))
+
+    def _object(self, path: str, endpoint: int) -> str:
+        where = self._endpoints[endpoint]
+        return "\n".join((where.url_of(path), where.scope))
 
     def find(self, request: LoadRequest) -> Found | None:
         """The best cached answer: a fresh one of any endpoint, else a stale one that its endpoint may confirm."""
@@ -86,20 +115,48 @@ class RequestCache:
                 continue
             if request.checksum is None and entry.variant != self._variant(index, entry.freshness.varies_on):
                 continue
-            if request.checksum is not None or _is_pinned(request, entry) or not self._cache.needs_revalidation(key):
+            if request.checksum is not None or _is_pinned(request, entry) or self._is_fresh(request, index, entry):
                 return Found(key, entry, index, is_fresh=True)
             stale = stale or Found(key, entry, index, is_fresh=False)
         return stale
+
+    def _is_fresh(self, request: LoadRequest, endpoint: int, entry: CacheEntry) -> bool:
+        """Whether an answer may be used unasked, by what its server said with it or, later, with another part."""
+        freshness = entry.freshness
+        latest = self._sightings.get(self._object(request.path, endpoint))
+        if latest is not None and latest.received_at >= freshness.response_time:
+            if _same(latest.validator, entry.validator):
+                merged = refreshed(freshness.headers, latest.headers)
+                freshness = Freshness(merged, latest.requested_at, latest.received_at)
+            elif contradicts(latest.validator, entry.validator):
+                return False
+        return freshness.state(self._clock()) is State.FRESH
+
+    def _saw(self, request: LoadRequest, endpoint: int, validator: Validator, head: HeadInfo, asked_at: float) -> None:
+        name = self._object(request.path, endpoint)
+        with self._lock:
+            self._sightings.pop(name, None)
+            self._sightings[name] = _Sighting(validator, head.headers, asked_at, self._clock())
+            if len(self._sightings) > _MOST_SIGHTINGS:
+                del self._sightings[next(iter(self._sightings))]
 
     def data(self, found: Found) -> memoryview | None:
         """The bytes of a cached answer; None if they are gone or damaged."""
         return self._cache.get(found.key)
 
-    def confirm(self, found: Found, head: HeadInfo) -> memoryview | None:
+    def confirm(
+        self, found: Found, head: HeadInfo, request: LoadRequest | None = None, *, asked_at: float | None = None
+    ) -> memoryview | None:
         """The bytes of a stale answer whose endpoint has just said that they still hold (304); None if they are gone,
-        or the endpoint spoke of others."""
+        or the endpoint spoke of others. With the ``request``, it holds for other parts of the object too."""
         data = self._cache.get(found.key)
-        return data if self._cache.revalidated(found.key, head.headers) else None
+        if not self._cache.revalidated(found.key, head.headers, requested_at=asked_at):
+            return None
+        if request is not None:
+            self._saw(
+                request, found.endpoint, found.entry.validator, head, self.now() if asked_at is None else asked_at
+            )
+        return data
 
     def stale(self, found: Found) -> memoryview | None:
         """The bytes of a stale answer whose endpoint fails, if it has allowed that (RFC 5861 §4)."""
@@ -123,11 +180,22 @@ class RequestCache:
         return MemoryPart(size)
 
     def keep(
-        self, request: LoadRequest, endpoint: int, head: HeadInfo, wanted: RangeRequest, destination: Destination
+        self,
+        request: LoadRequest,
+        endpoint: int,
+        head: HeadInfo,
+        wanted: RangeRequest,
+        destination: Destination,
+        *,
+        asked_at: float | None = None,
     ) -> memoryview:
-        """Publish a complete fragment, and give its bytes; a cache that fails costs the entry, never the bytes."""
+        """Publish a complete fragment, and give its bytes; a cache that fails costs the entry, never the bytes.
+
+        ``asked_at``: when the first request for it was sent, from which its age is counted; None: now.
+        """
         data = destination.view()
-        entry = self._entry(request, endpoint, head, wanted)
+        entry = replace(self._entry(request, endpoint, head, wanted), requested_at=asked_at)
+        self._saw(request, endpoint, head.validator, head, self.now() if asked_at is None else asked_at)
         key = self.key(request, endpoint)
         try:
             if isinstance(destination, PartFile):

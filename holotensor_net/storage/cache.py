@@ -84,7 +84,7 @@ class FragmentCache:
             self._usage.miss()
             return None
         self._usage.hit(name, self._clock())
-        return held.view
+        return held.view[:]  # a view of the caller's own, which may be released
 
     def put(self, key: str, data: Buffer, entry: CacheEntry | None = None) -> memoryview:
         """Store a copy of the bytes; gives a read-only view of it. A disk that fails is logged; memory has to do."""
@@ -288,7 +288,7 @@ class FragmentCache:
                 held, dropped = self._disk.adopt(name, data, entry)
                 self._forget(dropped)
         self._memory.put(name, held)
-        return held.view
+        return held.view[:]
 
     def _forget(self, names: Iterable[str]) -> None:
         for name in names:

@@ -89,7 +89,7 @@ class Scene:
     wire: Wire
     clock: Clock = field(default_factory=Clock)
 
-    def ask(self, request: LoadRequest | None = None, *, offline: bool = False, **endpoint: Any) -> LoadResult:
+    def loader(self, *, offline: bool = False, **endpoint: Any) -> NetworkLoader:
         config = NetworkConfig(
             endpoints=(CdnEndpoint(self.wire.url, **endpoint),),
             cache_dir=self.folder,
@@ -97,7 +97,10 @@ class Scene:
             timeout=5.0,
             offline=offline,
         )
-        with NetworkLoader(config, clock=self.clock) as loader:
+        return NetworkLoader(config, clock=self.clock)
+
+    def ask(self, request: LoadRequest | None = None, *, offline: bool = False, **endpoint: Any) -> LoadResult:
+        with self.loader(offline=offline, **endpoint) as loader:
             return loader.load(request or LoadRequest("model", "model.bin"))
 
 
@@ -473,6 +476,33 @@ def test_parts_are_cut_from_the_whole(folder: Path, start: int, stop: int) -> No
         scene.ask()
         assert bytes(scene.ask(part(start, stop)).data) == b"answer 1 of the origin"[start:stop]
         assert len(origin.asked) == 1
+
+
+@pytest.mark.parametrize("status", [304, 206])
+def test_what_is_said_with_one_part_is_said_of_all_parts_of_that_version(folder: Path, status: int) -> None:
+    origin = Origin([*control("max-age=2"), *TAG])
+    pieces = [(0, 6), (6, 8), (8, 22)]
+    with Wire(always=origin) as wire:
+        scene = Scene(folder, wire)
+        with scene.loader() as loader:
+            first = [bytes(loader.load(part(*piece)).data) for piece in pieces]
+            scene.clock.now += PAUSE
+            assert loader.load(part(*pieces[0]) if status == 304 else part(1, 2)).is_success
+            assert has_condition(origin.asked[-1]) is (status == 304)
+            assert [bytes(loader.load(part(*piece)).data) for piece in pieces] == first
+            assert len(origin.asked) == 4
+
+
+def test_no_part_of_an_old_version_is_fresh_once_another_was_seen(folder: Path) -> None:
+    origin = Origin([*FRESH, ("ETag", '"one"')], [*FRESH, ("ETag", '"two"')])
+    with Wire(always=origin) as wire:
+        scene = Scene(folder, wire)
+        with scene.loader() as loader:
+            assert bytes(loader.load(part(0, 8)).data) == b"answer 1"
+            assert bytes(loader.load(part(8, 12)).data) == b" of "
+            assert bytes(loader.load(part(0, 8)).data) == b"answer 3"
+            assert bytes(loader.load(part(0, 8)).data) == b"answer 3"
+        assert len(origin.asked) == 3
 
 
 def test_a_query_is_part_of_the_name(folder: Path) -> None:

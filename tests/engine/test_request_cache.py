@@ -267,9 +267,9 @@ def test_what_is_gone_cannot_be_confirmed(cache: RequestCache, store: FragmentCa
 def test_what_is_stale_stands_in_as_long_as_its_server_allowed(
     store: FragmentCache, cache_control: str, age: float, serves: bool
 ) -> None:
-    cache = RequestCache(store, ENDPOINTS, clock=lambda: entry.cached_at + age)
-    keep(cache, head=head_of(cache_control=cache_control))
+    keep(RequestCache(store, ENDPOINTS), head=head_of(cache_control=cache_control))
     (entry,) = store
+    cache = RequestCache(store, ENDPOINTS, clock=lambda: entry.cached_at + age)
     found = cache.find(REQUEST)
     assert found is not None
     assert cache.stale(found) == (b"0123456789" if serves else None)

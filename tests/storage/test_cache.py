@@ -125,6 +125,15 @@ class TestEntry:
         assert CacheEntry("a", 3, headers={"Set-Cookie": "s", "Age": "1"}).headers == {"age": "1"}
 
 
+def test_a_view_that_its_holder_releases_is_the_holder_s_alone(open_cache: Open) -> None:
+    with open_cache(memory_size=1 << 20) as cache:
+        cache.put("k", b"bytes").release()
+        first = cache.get("k")
+        assert first is not None
+        first.release()
+        assert cache.get("k") == b"bytes"
+
+
 class TestStats:
     def test_hit_rate_is_zero_before_the_first_question(self) -> None:
         assert CacheStats().hit_rate == 0.0
