@@ -555,8 +555,11 @@ class Fetcher:
 
     def _heard(self, endpoint: int) -> None:
         """The endpoint is there: those who wait for it need not any longer."""
+        now = self._clock()
+        if self._routes.is_known_well(endpoint, now):  # a glance without the lock, for which every block would queue
+            return
         with self._lock:
-            self._routes.answered(endpoint, self._clock())
+            self._routes.answered(endpoint, now)
             self._changed.notify_all()
 
     def _note_retry(self, error: NetworkError) -> None:

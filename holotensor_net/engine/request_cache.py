@@ -200,7 +200,7 @@ class RequestCache:
         try:
             if isinstance(destination, PartFile):
                 return self._cache.adopt(key, destination, entry)
-            return self._cache.put(key, data, entry) if entry.freshness.is_storable else data
+            return self._cache.take(key, data, entry) if entry.freshness.is_storable else data
         except CacheError as error:
             _log.warning("not cached: %s", error)
             return data

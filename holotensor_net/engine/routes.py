@@ -46,6 +46,7 @@ _HALF_LIFE = 30.0
 _MEMORY = 60.0  # seconds for which a measurement counts
 _MUCH_SLOWER = 2.0
 _MATTERS = 0.05  # seconds
+_JUST_NOW = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,11 @@ class Routes:
         """The endpoint to ask as well as ``index``; None if none is well."""
         others = (other for other in self._in_order(tried, now) if other != index)
         return next((other for other in others if not self._health[other].failures), None)
+
+    def is_known_well(self, index: int, now: float) -> bool:
+        """Whether the endpoint has answered just now, so that there is nothing new to tell."""
+        health = self._health[index]
+        return not health.failures and health.answered_at is not None and now < health.answered_at + _JUST_NOW
 
     def answered(self, index: int, now: float) -> None:
         """The endpoint gave a sign of life: bytes, or an answer that can be trusted."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import bisect
 
 from ..errors import NetworkError
+from ..storage.memory import MemoryPart
 from ..transport.client import Write
 from ..values import RangeRequest
 from .request_cache import Destination
 
 __all__ = ["Bounded", "Scatter"]
+
+_LONG = 64 * 1024
+"""Bytes of a place from which a read of its own costs less than a copy."""
 
 
 class Scatter:
@@ -28,6 +32,18 @@ class Scatter:
                 destination.write(low - wanted.start, data[low - offset : high - offset])
             if wanted.stop >= end:
                 break
+
+    def room(self, offset: int, most: int) -> memoryview | None:
+        """The memory where what comes from ``offset`` on belongs, if that is one place, and a long one."""
+        index = bisect.bisect_right(self._starts, offset) - 1
+        if index < 0:
+            return None
+        wanted, destination = self._places[index]
+        most = min(most, wanted.stop - offset)
+        is_alone = index + 1 == len(self._places) or self._starts[index + 1] >= offset + most
+        if most < _LONG or not is_alone or not isinstance(destination, MemoryPart):
+            return None
+        return destination.room(offset - wanted.start, most)
 
 
 class Bounded:

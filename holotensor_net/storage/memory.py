@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 from ..errors import NetworkError
 
 __all__ = ["MemoryPart"]
 
+_MAPPING_PAYS_FROM = 1 << 20
+
 
 class MemoryPart:
     """Takes bytes at offsets, from any number of threads where they are disjoint; gives one read-only view in the end.
 
-    With a known ``size`` the memory is mapped and touched for the first time when the bytes come; with None it grows,
-    and is to be written in order. Raises NetworkError where there is no room for so many.
+    With a known ``size`` the memory is touched for the first time when the bytes come; with None it grows, and is to be
+    written in order. Raises NetworkError where there is no room for so many.
     """
 
     def __init__(self, size: int | None) -> None:
         try:
-            self._fixed = mmap.mmap(-1, size) if size else None
-        except (OSError, OverflowError) as error:
+            self._fixed = _memory(size) if size else None
+        except (OSError, OverflowError, MemoryError) as error:
             raise NetworkError(
                 f"there is no memory for {size} bytes: keep them on disk (cache_dir=, max_cache_size=), or load ranges"
             ) from error
@@ -36,6 +39,14 @@ class MemoryPart:
         elif data:
             raise ValueError(f"bytes {offset}–{stop} lie beyond the end")
 
+    def room(self, offset: int, most: int) -> memoryview | None:
+        """The memory from ``offset`` on, ``most`` bytes at most, to be filled from outside; None where it grows.
+
+        It is there for as long as the view is held, whatever becomes of the part.
+        """
+        fixed = self._fixed
+        return None if fixed is None or offset >= len(fixed) else memoryview(fixed)[offset : offset + most]
+
     def view(self) -> memoryview:
         """All bytes, read-only, without a copy."""
         whole = self._fixed if self._fixed is not None else self._growing or b""
@@ -48,3 +59,15 @@ class MemoryPart:
     def discard(self) -> None:
         """Let the memory go; views that are held keep it."""
         self._fixed, self._growing = None, None
+
+
+def _memory(size: int) -> mmap.mmap | bytearray:
+    """Memory of our own: mapped where it is large, in pages as large as the system has. To touch a page for the first
+    time is most of what it costs to fill (measured: 0.5 s/GB with pages of 4 KiB, a tenth of that with 2 MiB)."""
+    if size < _MAPPING_PAYS_FROM:
+        return bytearray(size)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    mapping = mmap.mmap(-1, size, **private)
+    with contextlib.suppress(AttributeError, OSError):  # not every system has them
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping

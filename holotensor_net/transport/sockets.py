@@ -40,6 +40,7 @@ SLOWEST = 128.0
 _LONGEST_LINE = 1 << 16
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")  # RFC 9112 §7.1
 _LONGEST = 1e6  # seconds; beyond some 1e9, settimeout raises OverflowError
+_HARDLY = 0.05  # seconds
 _UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 
@@ -178,13 +179,19 @@ class _Incoming(io.RawIOBase):
         if self._is_over:
             return 0
         began = self._sockets.clock()
-        self._sock.settimeout(self._sockets.left())
+        self._bound(self._sockets.left())
         count = self._raw.readinto(buffer) or 0
         if not count and not self._may_end:
             raise ConnectionResetError("the connection was cut in the middle of the answer")
         if self._in_body:
             self._note(count, self._sockets.clock() - began)
         return count
+
+    def _bound(self, seconds: float) -> None:
+        """Wait so long at most. A change is a system call, so one that hardly shortens the wait is left out."""
+        bound = self._sock.gettimeout()
+        if bound is None or not seconds <= bound <= seconds + _HARDLY:
+            self._sock.settimeout(seconds)
 
     def _note(self, count: int, seconds: float) -> None:
         self._bytes += count
@@ -206,11 +213,35 @@ class _Answer(http.client.HTTPResponse):
     """
 
     has_excess = False
+    _has_begun = False
 
     def __init__(self, sock: Any, *args: Any, sockets: LiveSockets, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self._incoming = _Incoming(sock, self.fp.detach(), sockets)
         self.fp = io.BufferedReader(self._incoming)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the body is so many bytes, as they are."""
+        return not self.chunked and self.length is not None
+
+    def readinto1(self, buffer: Any) -> int:
+        """Have the socket write what has come of a plain body into the buffer; gives the number of bytes, 0 at the
+        end, of the body or of the connection."""
+        if self.fp is None:
+            return 0
+        assert self.length is not None
+        room = memoryview(buffer)[: self.length]
+        if self._has_begun:
+            count = self.fp.readinto1(room)
+        else:  # what came with the head is given alone: with room for more, Python would wait for more
+            held = len(self.fp.peek())
+            count = self.fp.readinto1(room[:held])
+            self._has_begun = count == held
+        self.length -= count
+        if not count or not self.length:
+            self._close_conn()
+        return count
 
     def begin(self) -> None:
         super().begin()

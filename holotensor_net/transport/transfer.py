@@ -7,17 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from ..errors import ChecksumMismatch, HttpError, ObjectChanged, ProtocolError, RangeNotSupported
 from ..values import HeadInfo, RangeRequest, Validator
 from . import guards
 from .digests import LINKED, Claim, Digest, announced, linked
 
-__all__ = ["Answer", "Ask", "OpenSink", "Transfer", "Write"]
+__all__ = ["Answer", "Ask", "OpenSink", "Roomy", "Transfer", "Write"]
 
 Write: TypeAlias = Callable[[int, memoryview], None]
 """Takes bytes at an absolute offset of the object."""
+
+
+@runtime_checkable
+class Roomy(Protocol):
+    """A ``Write`` that has memory for its bytes, which a socket may fill itself."""
+
+    def room(self, offset: int, most: int, /) -> memoryview | None:
+        """Where the bytes from ``offset`` on belong, ``most`` at most; None if they have to be written there."""
+
 
 OpenSink: TypeAlias = Callable[[HeadInfo, RangeRequest | None], Write]
 """Called once, when an answer has passed the guards: what it told, and which bytes come (None: an unknown number from
@@ -131,10 +140,16 @@ class Transfer:
             whole = frozenset()
         self.unproved |= whole | stored
 
-    def advance(self, block: memoryview) -> None:
-        """The next bytes: to their place. Raises ChecksumMismatch if they complete what has another digest."""
+    def room(self, most: int) -> memoryview | None:
+        """The memory where the next bytes belong, ``most`` of them at most; None if they have to be written there."""
+        return self.write.room(self.position, most) if isinstance(self.write, Roomy) else None
+
+    def advance(self, block: memoryview, *, is_in_place: bool = False) -> None:
+        """The next bytes: to their place, unless they are there. Raises ChecksumMismatch if they complete what has
+        another digest."""
         assert self.write is not None
-        self.write(self.position, block)
+        if not is_in_place:
+            self.write(self.position, block)
         self.position += len(block)
         for claim in self.claims:
             claim.feed(block)

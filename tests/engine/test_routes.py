@@ -330,3 +330,13 @@ def test_whatever_happens_no_load_waits_for_ever(steps: list[Step]) -> None:
             break
         now += chosen.seconds
     assert isinstance(chosen, int | NetworkError)
+
+
+def test_an_endpoint_is_known_well_for_a_moment_after_it_answered() -> None:
+    known = routes(0)
+    assert not known.is_known_well(0, 5.0)
+    known.answered(0, 5.0)
+    assert known.is_known_well(0, 5.0)
+    assert not known.is_known_well(0, 6.0)
+    known.unreachable(0, REFUSED, 5.0)
+    assert not known.is_known_well(0, 5.0)

@@ -530,3 +530,48 @@ def test_a_connection_without_a_socket_has_no_answer(live: LiveSockets) -> None:
     connection = pool_classes(live)["http"].ConnectionCls("127.0.0.1")
     with pytest.raises(http.client.ResponseNotReady):
         connection.getresponse()
+
+
+def read_into(response: Any, place: bytearray, at: int = 0, most: int = 1 << 20) -> int:
+    """How far the place is filled once the body is over."""
+    while count := response._original_response.readinto1(memoryview(place)[at : at + most]):
+        at += count
+    response.release_conn()
+    return at
+
+
+def test_a_plain_body_is_read_into_its_place(open_pool: Open, live: LiveSockets) -> None:
+    data = bytes(range(256)) * 400
+    with Wire([answer(data)]) as wire:
+        response, place = get(open_pool(live, wire.port)), bytearray(len(data) + 10)
+        assert response._original_response.is_plain
+        assert read_into(response, place, most=70_000) == len(data)
+        assert place == data + bytes(10)
+        assert response._original_response.isclosed()
+        assert not response._original_response.has_excess
+
+
+def test_what_came_is_given_without_waiting_for_more(open_pool: Open, live: LiveSockets) -> None:
+    more = threading.Event()
+    with Wire([answer(content_length=90_000), b"x" * 1000, more, b"y" * 89_000]) as wire:
+        response, place = get(open_pool(live, wire.port)), bytearray(90_000)
+        at = 0
+        while at < 1000:
+            at += response._original_response.readinto1(memoryview(place)[at:])
+        more.set()
+        assert read_into(response, place, at) == 90_000
+        assert place == b"x" * 1000 + b"y" * 89_000
+
+
+def test_bytes_beyond_a_plain_body_are_noticed(open_pool: Open, live: LiveSockets) -> None:
+    with Wire([answer(b"x" * 101, content_length=100)]) as wire:
+        response = get(open_pool(live, wire.port))
+        assert read_into(response, bytearray(200)) == 100
+        assert response._original_response.has_excess
+
+
+def test_a_chunked_body_is_not_plain(open_pool: Open, live: LiveSockets) -> None:
+    with Wire([chunked(b"abc")]) as wire:
+        response = get(open_pool(live, wire.port))
+        assert not response._original_response.is_plain
+        assert body_of(response) == b"abc"

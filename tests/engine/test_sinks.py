@@ -1,0 +1,52 @@
+"""Where the bytes of an answer go: scattered by writing, or filled in from outside where memory lies ready."""
+
+from __future__ import annotations
+
+from holotensor_net.engine.sinks import Scatter
+from holotensor_net.storage.memory import MemoryPart
+from holotensor_net.values import RangeRequest
+
+LONG = 1 << 18
+
+
+def test_a_place_in_memory_can_be_filled_from_outside() -> None:
+    part = MemoryPart(LONG)
+    sink = Scatter([(RangeRequest(1000, 1000 + LONG), part)])
+    room = sink.room(1000, 100_000)
+    assert room is not None
+    assert room.nbytes == 100_000
+    room[:] = b"a" * 100_000
+    rest = sink.room(101_000, 2 * LONG)
+    assert rest is not None
+    assert rest.nbytes == LONG - 100_000
+    rest[:] = b"b" * rest.nbytes
+    assert part.view() == b"a" * 100_000 + b"b" * (LONG - 100_000)
+
+
+def test_what_belongs_to_several_places_or_to_none_has_to_be_written() -> None:
+    sink = Scatter([(RangeRequest(LONG, 2 * LONG), MemoryPart(LONG)), (RangeRequest(0, LONG), MemoryPart(LONG))])
+    assert sink.room(0, LONG) is not None
+    assert sink.room(LONG - 10, LONG) is None  # ten bytes are not worth a read
+    assert sink.room(2 * LONG, LONG) is None
+    assert Scatter([(RangeRequest(LONG, 2 * LONG), MemoryPart(LONG))]).room(0, 2 * LONG) is None
+    shared = Scatter([(RangeRequest(0, 2 * LONG), MemoryPart(2 * LONG)), (RangeRequest(LONG, LONG + 5), MemoryPart(5))])
+    assert shared.room(0, 2 * LONG) is None
+
+
+def test_a_place_that_grows_has_to_be_written() -> None:
+    part = MemoryPart(None)
+    sink = Scatter([(RangeRequest(0, 1 << 62), part)])
+    assert sink.room(0, LONG) is None
+    sink(0, memoryview(b"abc"))
+    assert part.view() == b"abc"
+
+
+def test_room_outlives_the_part_that_gave_it() -> None:
+    for size in (1 << 17, 1 << 21):
+        part = MemoryPart(size)
+        room = part.room(size - 4, 100)
+        assert room is not None
+        assert room.nbytes == 4
+        part.discard()
+        room[:] = b"late"  # a read that was under way
+        assert part.room(0, 4) is None
