@@ -3,7 +3,8 @@
 Every side can do some of these jobs:
 
 * ``whole``: an object (``path`` below ``url``, ``size`` bytes) into memory, or into the file ``to``;
-* ``ranges``: many ranges of an object into memory.
+* ``ranges``: many ranges of an object into memory;
+* ``urgent``: a mebibyte of an object, ``times`` times, while ``bulk`` bytes of it are fetched as well.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -64,12 +66,43 @@ class Ours:
         )
         return self.net.NetworkLoader(config)
 
-    def whole(self, url: str, path: str, size: int, to: str | None = None, **more: Any) -> Any:
+    def whole(self, url: str, path: str, size: int, to: str | None = None, watch: bool = False, **more: Any) -> Any:
         with self.loader(url, to, **more) as loader:
-            result = loader.load(self.net.LoadRequest(path, path, expected_size=size))
+            future = loader.enqueue(self.net.LoadRequest(path, path, expected_size=size))
+            seen = list(watched(loader, future)) if watch else []
+            data = future.result().data
             stats = loader.stats()
-            told = {"requests": stats.requests, "retries": stats.retries, "limit": stats.limit}
-            return result.data, told
+            told = {"requests": stats.requests, "retries": stats.retries, "limit": stats.limit, "seen": seen}
+            return data, told
+
+    def urgent(self, url: str, path: str, bulk: int, times: int, every: float) -> Any:
+        """An urgent mebibyte, again and again, alone and beside a bulk of low priority."""
+        low, critical = self.net.Priority.LOW, self.net.Priority.CRITICAL
+        with self.loader(url) as loader:
+
+            def once(number: int) -> float:
+                start = (number % max(1, bulk // MIB - 1)) * MIB
+                # each of another byte's length, so that none is the same as one that is cached or under way
+                wanted = (start, start + MIB - number // max(1, bulk // MIB - 1))
+                request = self.net.LoadRequest(f"u{number}", path, byte_range=wanted, priority=critical)
+                began = time.perf_counter()
+                if not loader.load(request).is_success:
+                    raise RuntimeError("the urgent fragment failed")
+                return time.perf_counter() - began
+
+            idle = [once(number) for number in range(max(2, times // 10))]
+            future = loader.enqueue(self.net.LoadRequest("bulk", path, expected_size=bulk, priority=low))
+            time.sleep(min(3.0, 10 * every))
+            began, before = time.perf_counter(), loader.stats().bytes_fetched
+            busy = []
+            for number in range(len(idle), len(idle) + times):
+                busy.append(once(number))
+                time.sleep(every)
+                if future.done():
+                    break
+            rate = (loader.stats().bytes_fetched - before) / (time.perf_counter() - began)
+            future.cancel()
+            return None, {"idle": idle, "busy": busy, "rate": rate}
 
     def ranges(self, url: str, path: str, starts: Sequence[int], length: int, **more: Any) -> Any:
         with self.loader(url, **more) as loader:
@@ -78,6 +111,49 @@ class Ours:
             data = [future.result().data for future in futures]
             stats = loader.stats()
             return data, {"requests": stats.requests, "over-read": stats.bytes_fetched - length * len(starts)}
+
+
+def watched(loader: Any, future: Any) -> Iterator[tuple[float, int, int]]:
+    """Seconds, bytes that have come, and connections in use, every fifth of a second until the future is done."""
+    began = time.perf_counter()
+    while not future.done():
+        stats = loader.stats()
+        yield time.perf_counter() - began, stats.bytes_fetched, stats.connections
+        time.sleep(0.2)
+
+
+def beside_bulk(
+    urgent: Callable[[int], object], piece: Callable[[int], object], bulk: int, times: int, every: float
+) -> Any:
+    """What an urgent mebibyte takes of a peer, alone and while threads of its own fetch the bulk in pieces."""
+
+    def once(number: int) -> float:
+        began = time.perf_counter()
+        urgent(number % max(1, bulk // MIB - 1) * MIB)
+        return time.perf_counter() - began
+
+    idle = [once(number) for number in range(max(2, times // 10))]
+    starts, came, over = iter(itertools.cycle(range(0, bulk, PIECE))), [0], threading.Event()
+
+    def fetch() -> None:
+        while not over.is_set():
+            start = next(starts)
+            piece(start)
+            came[0] += min(PIECE, bulk - start)
+
+    threads = [threading.Thread(target=fetch) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(min(3.0, 10 * every))
+    began, before, busy = time.perf_counter(), came[0], []
+    for number in range(times):
+        busy.append(once(number))
+        time.sleep(every)
+    rate = (came[0] - before + times * MIB) / (time.perf_counter() - began)
+    over.set()
+    for thread in threads:
+        thread.join()
+    return None, {"idle": idle, "busy": busy, "rate": rate}
 
 
 class Requests:
@@ -117,6 +193,17 @@ class Obstore:
     def ranges(self, url: str, path: str, starts: Sequence[int], length: int) -> Any:
         lengths = [length] * len(starts)
         return [memoryview(b) for b in self.obstore.get_ranges(self.store(url), path, starts=starts, lengths=lengths)]
+
+    def urgent(self, url: str, path: str, bulk: int, times: int, every: float) -> Any:
+        store = self.store(url)
+        get = self.obstore.get_range
+        return beside_bulk(
+            lambda start: get(store, path, start=start, length=MIB),
+            lambda start: get(store, path, start=start, length=min(PIECE, bulk - start)),
+            bulk,
+            times,
+            every,
+        )
 
 
 class HfTransfer:
@@ -159,6 +246,17 @@ class Fsspec:
     def ranges(self, url: str, path: str, starts: Sequence[int], length: int) -> Any:
         address = f"{url}/{path}"
         return self.fs.cat_ranges([address] * len(starts), list(starts), [s + length for s in starts])
+
+    def urgent(self, url: str, path: str, bulk: int, times: int, every: float) -> Any:
+        address = f"{url}/{path}"
+        get = self.fs.cat_file
+        return beside_bulk(
+            lambda start: get(address, start=start, end=start + MIB),
+            lambda start: get(address, start=start, end=min(bulk, start + PIECE)),
+            bulk,
+            times,
+            every,
+        )
 
 
 class Pypdl:

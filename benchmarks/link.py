@@ -1,0 +1,85 @@
+"""One object over a link of a known rate: steady, and with a step in the middle of the transfer.
+
+The link's share is told in payload: of the rate, headers of every packet take 4 to 5 %, which no client gets around;
+the rate that a single plain stream reaches is measured beside it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+from ._harness import OURS, Bar, Case
+from ._link import Link, shaped
+from ._origin import MIB, folder, write_object
+from ._sides import Effort, Side, sides
+
+PEERS = ("curl", "obstore", "fsspec")
+FAST, SLOW = 400e6, 50e6
+PAYLOAD = 1448 / 1514  # of an Ethernet frame
+
+
+def cases(smallest: bool) -> Iterator[Case]:
+    seconds, rounds = (0.1, 1) if smallest else (5.0, 5)
+    with folder() as root, sides(("curl",) if smallest else PEERS) as (there, absent):
+        write_object(root / "object", size := int(FAST / 8 * seconds))
+        write_object(root / "slow", slow := int(SLOW / 8 * seconds))
+        with shaped(root, FAST) as link:
+            yield steady(link, there, absent, rounds, "object", size, FAST)
+            link.set_rate(SLOW)
+            yield steady(link, there, absent, rounds, "slow", slow, SLOW)
+            for before, after, path in ((FAST, SLOW, "slow"), (SLOW, FAST, "object")):
+                yield step(link, there[OURS], rounds, before, after, path, {"slow": slow, "object": size}[path])
+
+
+def steady(
+    link: Link, there: dict[str, Side], absent: tuple[str, ...], rounds: int, path: str, size: int, rate: float
+) -> Case:
+    efforts: dict[str, list[Effort]] = {name: [] for name in there}
+    for turn in range(rounds + 1):
+        for name, side in there.items():
+            watch = {"watch": True} if name == OURS else {}
+            effort = side.work("whole", url=link.url, path=path, size=size, **watch)
+            if turn:
+                efforts[name].append(effort)
+    samples = {name: [effort.seconds for effort in each] for name, each in efforts.items()}
+    least = size / (rate / 8 * PAYLOAD)
+    seen = [used(effort) for effort in efforts[OURS]]
+    notes = {name: f"{least / statistics.median(each):.3f} of the link" for name, each in samples.items()}
+    notes[OURS] += f"; {statistics.median(seen):.1f} connections on average"
+    case = Case(f"{rate / 1e6:g} Mbit/s: {size / MIB:.3g} MiB, {link.kind}", samples, absent=absent, notes=notes)
+    bars = (
+        Bar("of the link", least / case.median(), at_least=0.97, unit=" ×"),
+        Bar("connections", statistics.median(seen), at_most=2, unit=" (one fills it)"),
+    )
+    return replace(case, work=size / 1e6, unit="MB", bars=bars)
+
+
+def used(effort: Effort) -> float:
+    """Connections in use, on average."""
+    return statistics.fmean(active for _, _, active in effort.told["seen"]) if effort.told["seen"] else 0.0
+
+
+def step(link: Link, side: Side, rounds: int, before: float, after: float, path: str, size: int) -> Case:
+    """The rate changes after a second: seconds from there until nine tenths of the new one come."""
+    found = []
+    for _ in range(rounds):
+        link.set_rate(before)
+        change = threading.Timer(1.0, link.set_rate, (after,))
+        change.start()
+        effort = side.work("whole", url=link.url, path=path, size=size, watch=True)
+        change.join()
+        found.append(max(1e-3, reached(effort.told["seen"], after / 8 * PAYLOAD)))
+    title = f"step from {before / 1e6:g} to {after / 1e6:g} Mbit/s: until it is found, {link.kind}"
+    return Case(title, {OURS: found}, (Bar("found within", statistics.median(found), at_most=2, unit=" s"),))
+
+
+def reached(seen: list[tuple[float, int, int]], rate: float) -> float:
+    """Seconds after the first until the bytes come within a tenth of ``rate``; all there is, if they never do."""
+    for (began, had, _), (at, have, _) in pairwise(seen):
+        if began >= 1.0 and 0.9 <= (have - had) / (at - began) / rate <= 1.1:
+            return at - 1.0
+    return seen[-1][0] if seen else 0.0
