@@ -56,7 +56,7 @@ from .hedging import Hedging, Versions
 from .loads import Attempt, Books, Fragment, Load, Share, Waiter
 from .priority import PrioritizedFragment
 from .races import Private, Prize, Race
-from .request_cache import Destination, Found, RequestCache, contradicts
+from .request_cache import Destination, Found, RequestCache, Resumed, contradicts
 from .routes import Routes, is_bad_answer, is_unreachable
 from .scheduler import Piece, Scheduler
 from .sinks import Bounded, Scatter
@@ -142,6 +142,7 @@ class Fetcher:
     def submit(self, request: LoadRequest, held: Found | None = None, *, shared: bool = True) -> Future[LoadResult]:
         """A future for the result. An equal request that is in flight is joined; ``shared``: its future may be given
         to both, so that whoever cancels it cancels it for all. Raises Cancelled once closed."""
+        may_resume = held is None and self._cache.has_part(request)
         now = self._clock()
         with self._lock:
             if self._closing.is_set():
@@ -150,9 +151,12 @@ class Fetcher:
             if load is not None:
                 return self._join(load, request, now, shared)
             load = self._books.open(request, held, now, whole=len(self._rangeless) == len(self._clients))
+            load.may_resume = may_resume and not load.whole
             future = self._wait_for(load, request, now, shared)
         try:
-            self._scheduler.push(load.fragment, alone=held is not None, whole=load.whole)
+            # One piece, for the worker that is to find out how much of it is left.
+            in_one = load.whole or load.may_resume
+            self._scheduler.push(load.fragment, alone=held is not None or in_one, whole=in_one)
         except BaseException:  # an interrupt, while the queue was full
             self._resolve(load, Cancelled("interrupted before it was queued"))
             raise
@@ -304,6 +308,8 @@ class Fetcher:
             self._spawn()  # something may have been queued between the last look and now
 
     def _run(self, piece: Piece) -> None:
+        if self._resumes(piece):
+            return
         shares = self._begin(piece)
         endpoint: int | None = None
         outcome: Answer | NetworkError = Cancelled("nobody waits for it any more")
@@ -325,6 +331,40 @@ class Fetcher:
         except Exception as error:
             for share in shares:
                 self._resolve(share.load, _defect(error))
+
+    def _resumes(self, piece: Piece) -> bool:
+        """Whether the piece stood for a load that may go on where another was cut off: what is left of it is queued."""
+        fragment = piece.parts[0].fragment
+        if not isinstance(fragment, Fragment) or not fragment.load.may_resume:
+            return False
+        load = fragment.load
+        load.may_resume = False
+        try:
+            self._go_on(load, self._cache.resume(load.request))
+        except Exception as error:
+            self._resolve(load, _defect(error))
+        finally:
+            self._scheduler.release(piece)
+        return True
+
+    def _go_on(self, load: Load, resumed: Resumed | None) -> None:
+        """Queue what a load lacks: all of it, where nothing is resumed."""
+        if resumed is None:
+            self._scheduler.restart(load.fragment, whole=load.whole)
+            return
+        with self._lock:
+            if load.done:
+                resumed.destination.keep()
+                return
+            load.attempt = Attempt(
+                endpoint=resumed.endpoint if load.request.checksum is None else None,
+                head=resumed.head,
+                wanted=resumed.wanted,
+                missing=sum(part.length for part in resumed.missing),
+                destination=resumed.destination,
+                is_resumed=True,
+            )
+        self._scheduler.restart(load.fragment, rest=resumed.missing, stop=resumed.wanted.stop)
 
     def _begin(self, piece: Piece) -> list[Share]:
         """What a piece does for loads that still want it."""
@@ -588,10 +628,15 @@ class Fetcher:
         wanted = _wanted(load.request, head)
         with self._lock:
             if attempt.destination is not None and attempt.wanted is not None:
+                if attempt.is_resumed:
+                    attempt.head, attempt.is_resumed = head, False
                 return attempt.wanted, attempt.destination
         is_open_ended = head.size is None and (load.request.byte_range is None or load.request.allow_short)
         size = None if is_open_ended else wanted.length
-        made = MemoryPart(size) if load.in_memory else self._cache.destination(size, head)
+        if load.in_memory:
+            made: Destination = MemoryPart(size)
+        else:
+            made = self._cache.destination(size, head, load.request, attempt.endpoint or 0)
         with self._lock:
             if attempt.destination is None and not attempt.abandoned:
                 attempt.destination, attempt.is_open_ended = made, is_open_ended
@@ -605,14 +650,14 @@ class Fetcher:
     def _arrived(self, shares: list[Share], answer: Answer, endpoint: int) -> None:
         """A piece is there: see what each of its loads still lacks."""
         self._heard(endpoint)
-        complete = []
         with self._lock:
             self._versions.note(shares[0].load.request.path, answer.head.validator, self._clock())
             self._requests += answer.requests
-            for share in shares:
-                if not share.attempt.abandoned and self._advance(share, answer):
-                    complete.append(share)
-                else:
+            complete = [share for share in shares if not share.attempt.abandoned and self._advance(share, answer)]
+        for share in shares:
+            if share not in complete:
+                self._settle(share, answer)
+                with self._lock:
                     share.attempt.leave()
         size = sum(share.attempt.wanted.length for share in complete if share.attempt.wanted is not None)
         with self._relieved() if size >= _WORTH_RELIEF else contextlib.nullcontext():
@@ -622,6 +667,15 @@ class Fetcher:
                 finally:
                     with self._lock:
                         share.attempt.leave()
+
+    def _settle(self, share: Share, answer: Answer) -> None:
+        """What a piece has brought will not change any more, if others may add to it."""
+        attempt, came = share.attempt, answer.byte_range
+        wanted, destination = attempt.wanted, attempt.destination
+        if came is None or wanted is None or destination is None or attempt.is_open_ended or answer.head.size is None:
+            return
+        if share.load.is_provable:
+            destination.settle(max(came.start, wanted.start) - wanted.start, min(came.stop, wanted.stop) - wanted.start)
 
     @contextlib.contextmanager
     def _relieved(self) -> Iterator[None]:
@@ -679,6 +733,7 @@ class Fetcher:
         try:
             outcome = self._confirmed(load, answer) if answer.not_modified else self._verified(share, endpoint)
         except NetworkError as error:
+            share.attempt.is_sound = False
             if error.url is None:
                 error.url = redact_url(self._config.endpoints[endpoint].url_of(load.request.path))
                 error.byte_range = load.request.byte_range
@@ -716,7 +771,7 @@ class Fetcher:
         if request.expected_size is not None and len(data) != request.expected_size:
             raise ObjectChanged(f"the fragment has {len(data)} bytes, not the {request.expected_size} expected")
         if request.checksum is not None:
-            check_checksum(data, request.checksum)
+            _check(destination, data, request.checksum)
         if request.byte_range is None:
             check_digests(data, attempt.digests)
         if head.size is None and request.byte_range is None:
@@ -849,6 +904,14 @@ def _ended(known: weakref.ref[Fetcher], waiting: weakref.ref[Waiter], future: Fu
 
 
 _UNTIL_ITS_END = RangeRequest(0, 1 << 62)
+
+
+def _check(destination: Destination, data: memoryview, checksum: str) -> None:
+    """Raises ChecksumMismatch unless the bytes have the digest that they should; what is known of it is used."""
+    if not checksum.startswith("blake3:"):
+        check_checksum(data, checksum)
+    elif (actual := f"blake3:{destination.digest()}") != checksum:
+        raise ChecksumMismatch(expected=checksum, actual=actual)
 
 
 def _defect(error: Exception) -> NetworkError:

@@ -23,7 +23,8 @@ class Attempt:
     """One go at a load: all that must be of one version of the object. ``wanted`` is known once an answer has come,
     ``missing`` counts the bytes of it that have not. ``digests`` of the whole object are to be checked at the end.
     ``is_open_ended``: the destination grows, as nobody knew how long the object is. ``in_flight`` counts those who may
-    be at the destination. ``asked_at``: the wall clock's time of its first request."""
+    be at the destination. ``asked_at``: the wall clock's time of its first request. ``is_resumed``: another has begun
+    it, and its endpoint has not answered yet. ``is_sound``: whoever asks next may go on with what has come."""
 
     endpoint: int | None = None
     asked_at: float | None = None
@@ -35,28 +36,35 @@ class Attempt:
     is_open_ended: bool = False
     in_flight: int = 0
     abandoned: bool = False
+    is_resumed: bool = False
+    is_sound: bool = True
 
     def leave(self) -> None:
         """A piece has ended, and what came of it. Under the fetcher's lock."""
         self.in_flight -= 1
         self.discard_if_idle()
 
-    def abandon(self) -> None:
-        """Nothing of it is wanted any more. Under the fetcher's lock."""
+    def abandon(self, *, keep: bool = False) -> None:
+        """Nothing of it is wanted any more, but perhaps to go on with later. Under the fetcher's lock."""
         self.abandoned = True
+        self.is_sound = self.is_sound and keep
         self.discard_if_idle()
 
     def discard_if_idle(self) -> None:
         # Not while a piece is still being written: its file descriptor must not become another file's.
         if self.abandoned and not self.in_flight and self.destination is not None:
-            self.destination.discard()
+            if self.is_sound:
+                self.destination.keep()
+            else:
+                self.destination.discard()
             self.destination = None
 
 
 @dataclass(slots=True, eq=False)
 class Load:
     """A fragment on its way, and everyone who waits for it. ``whole``: each endpoint is asked for all of the object in
-    a plain GET, as none is left that serves ranges."""
+    a plain GET, as none is left that serves ranges. ``may_resume``: the first worker is to look for what has come of an
+    earlier transfer."""
 
     request: LoadRequest
     fragment: Fragment
@@ -68,6 +76,7 @@ class Load:
     failures: list[NetworkError] = field(default_factory=list)
     restarts: int = 0
     in_memory: bool = False
+    may_resume: bool = False
     done: bool = False
 
     @property
@@ -163,7 +172,7 @@ class Books:
     def close(self, load: Load) -> list[Waiter]:
         """Strike a load out; gives those who are to be told."""
         load.done = True
-        load.attempt.abandon()
+        load.attempt.abandon(keep=True)
         del self._loads[_identity(load.request)]
         waiters, load.waiters = load.waiters, []
         for waiter in waiters:

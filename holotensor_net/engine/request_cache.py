@@ -13,17 +13,21 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..config import CdnEndpoint
 from ..errors import CacheError, redact_url, without_query
+from ..storage.blobs import is_worth_a_sync
 from ..storage.cache import CacheEntry, FragmentCache
 from ..storage.freshness import Freshness, State, refreshed
 from ..storage.memory import MemoryPart
 from ..storage.parts import PartFile
 from ..values import HeadInfo, LoadRequest, RangeRequest, Validator
 
-__all__ = ["Destination", "Found", "RequestCache", "contradicts"]
+__all__ = ["Destination", "Found", "RequestCache", "Resumed", "contradicts"]
+
+_WORTH_RESUMING = 8 << 20
+"""Bytes of a fragment from which a journal costs less than to fetch again what had come."""
 
 _log = logging.getLogger("holotensor_net.cache")
 
@@ -34,8 +38,11 @@ class Destination(Protocol):
     """Where the bytes of a fragment go as they come; offsets count from the fragment's start."""
 
     def write(self, offset: int, data: memoryview, /) -> None: ...
+    def settle(self, start: int, stop: int, /) -> None: ...
     def view(self) -> memoryview: ...
+    def digest(self) -> str: ...
     def truncate(self, size: int, /) -> None: ...
+    def keep(self) -> None: ...
     def discard(self) -> None: ...
 
 
@@ -63,6 +70,18 @@ class _Sighting:
     headers: Mapping[str, str]
     requested_at: float
     received_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A transfer that was cut off: of the range ``wanted`` its destination lacks ``missing``. What the endpoint said of
+    the object is in ``head``; the rest has to be of that version."""
+
+    endpoint: int
+    head: HeadInfo
+    wanted: RangeRequest
+    destination: Destination
+    missing: list[RangeRequest]
 
 
 class RequestCache:
@@ -167,17 +186,49 @@ class RequestCache:
         entry = self._cache.get_entry(found.key)
         return found.head if entry is None else replace(found, entry=entry).head
 
-    def destination(self, size: int | None, head: HeadInfo) -> Destination:
-        """A place for a fragment: a part file, or memory where the disk has none or the server forbids to store."""
-        if "no-store" not in head.headers.get("cache-control", "").lower():
+    def destination(
+        self, size: int | None, head: HeadInfo, request: LoadRequest | None = None, endpoint: int = 0
+    ) -> Destination:
+        """A place for a fragment: a part file, or memory where the disk has none, the server forbids to store, or it is
+        too small to be worth one. With the ``request`` that it is for, a long one can be resumed."""
+        is_short = size is not None and not is_worth_a_sync(size)
+        if not is_short and "no-store" not in head.headers.get("cache-control", "").lower():
+            key = note = None
+            is_provable = request is not None and (request.checksum is not None or head.validator.is_strong)
+            if request is not None and is_provable and (size or 0) >= _WORTH_RESUMING:
+                key, note = self.key(request, endpoint), _note(head, request)
             try:
-                part = self._cache.create(size)
+                part = self._cache.create(size, key=key, note=note)
             except CacheError as error:
                 _log.info("kept in memory: %s", error)  # the cache will warn, once, when it is to keep the bytes
             else:
                 if part is not None:
                     return part
         return MemoryPart(size)
+
+    def has_part(self, request: LoadRequest) -> bool:
+        """Whether there may be something to resume. That is looked for only if the request may be a long one."""
+        size = request.expected_size if request.byte_range is None else request.byte_range.length
+        return (size is None or size >= _WORTH_RESUMING) and any(
+            self._cache.has_part(self.key(request, endpoint)) for endpoint in self._keyed(request)
+        )
+
+    def resume(self, request: LoadRequest) -> Resumed | None:
+        """What has come of a transfer that was cut off, if it is of a version that the request allows."""
+        for endpoint in self._keyed(request):
+            found = self._cache.resume(self.key(request, endpoint))
+            if found is None:
+                continue
+            part, note = found
+            resumed = _resumed(request, endpoint, part, note)
+            if resumed is not None:
+                return resumed
+            part.discard()
+        return None
+
+    def _keyed(self, request: LoadRequest) -> range:
+        """The endpoints whose answers have keys of their own."""
+        return range(len(self._endpoints) if request.checksum is None else 1)
 
     def keep(
         self,
@@ -217,6 +268,7 @@ class RequestCache:
             validator_is_strong=head.validator.is_strong,
             headers=head.headers,
             variant=self._variant(endpoint, Freshness(head.headers).varies_on),
+            digest=_blake3_in(request.checksum),
         )
 
     def _variant(self, endpoint: int, names: Collection[str]) -> str | None:
@@ -231,6 +283,45 @@ class RequestCache:
         sent = {"accept-encoding": "identity", "user-agent": self._user_agent, **own, "authorization": where.scope}
         lines = (f"{name}: {sent[name]}" for name in sorted(names) if name in sent)
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _blake3_in(checksum: str | None) -> str | None:
+    """The BLAKE3 digest that a verified fragment has, if that is the one that it was verified by."""
+    return checksum.removeprefix("blake3:") if checksum is not None and checksum.startswith("blake3:") else None
+
+
+def _note(head: HeadInfo, request: LoadRequest) -> dict[str, Any]:
+    """What has to be known of a part file to go on with it."""
+    span, validator = request.byte_range, head.validator
+    return {
+        "etag": validator.etag,
+        "last_modified": validator.last_modified,
+        "is_strong": validator.is_strong,
+        "object_size": head.size,
+        "byte_range": None if span is None else [span.start, span.stop],
+    }
+
+
+def _resumed(request: LoadRequest, endpoint: int, part: PartFile, note: Mapping[str, Any]) -> Resumed | None:
+    """A part file as the beginning of an answer to a request; None if it can be none."""
+    try:
+        validator = Validator(note["etag"], note["last_modified"], note["is_strong"] is True)
+        size, span = int(note["object_size"]), note["byte_range"]
+    except (LookupError, TypeError, ValueError):
+        return None
+    pinned, wanted = request.validator, request.byte_range or RangeRequest(0, size)
+    is_same = pinned is None or (_same(pinned, validator) if pinned.is_strong else not contradicts(validator, pinned))
+    is_provable = validator.is_strong or request.checksum is not None
+    if not (is_same and is_provable) or (span is None) != (request.byte_range is None) or part.size != wanted.length:
+        return None
+    if span is not None and (request.byte_range is None or span != [wanted.start, wanted.stop]):
+        return None
+    missing, position = [], 0
+    for start, stop in [*part.settled, (wanted.length, wanted.length)]:
+        if position < start:
+            missing.append(RangeRequest(wanted.start + position, wanted.start + start))
+        position = stop
+    return Resumed(endpoint, HeadInfo(size, validator), wanted, part, missing) if missing else None
 
 
 def _fits(request: LoadRequest, entry: CacheEntry) -> bool:

@@ -229,13 +229,17 @@ class Scheduler:
                 self._queue.push(fragment, place=plan.place)
             self._changed.notify_all()
 
-    def restart(self, fragment: PrioritizedFragment, *, whole: bool = False) -> None:
-        """Queue a fragment that was begun as if it had not been: at once, however full the queue is."""
+    def restart(
+        self, fragment: PrioritizedFragment, *, whole: bool = False, rest: Iterable[RangeRequest] = (), stop: int = 0
+    ) -> None:
+        """Queue a fragment that was begun as if it had not been, at once, however full the queue is; or only the
+        ``rest`` of it, if it ends at ``stop``."""
         with self._changed:
             if self._closed or fragment.state is _SETTLED:
                 return
             self._drop(fragment)
-            fragment.state = None
+            pieces = deque(piece for byte_range in rest for piece in self.cut(byte_range))
+            fragment.state = Plan(pieces, stop) if pieces else None
             self._put(fragment, alone=True, whole=whole)
 
     def cut(self, byte_range: RangeRequest) -> Iterable[RangeRequest]:

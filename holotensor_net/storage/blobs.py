@@ -43,6 +43,7 @@ from .files import (
     subject_of,
     translated,
 )
+from .journal import Journal
 from .parts import PartFile
 
 __all__ = ["BlobStore", "is_worth_a_sync"]
@@ -226,7 +227,7 @@ class BlobStore:
             items = [*scan(self.root / "partial"), *scan(self.root / "quarantine")]
         for item in items:
             path = Path(item.path)
-            age = resumable_for if subject_of(item.name) else -math.inf
+            age = resumable_for if _can_be_resumed(path) else -math.inf
             with contextlib.suppress(OSError):
                 if self._is_left(path, older_than) and self._age(path) > age:
                     path.unlink()
@@ -283,6 +284,15 @@ class BlobStore:
                 self._mapped.add(mapping)
                 return memoryview(mapping)
         return memoryview(read_all(fd, size))
+
+
+def _can_be_resumed(path: Path) -> bool:
+    """Whether somebody may want to go on with a part file: it tells of what, and how far it has come."""
+    if subject_of(path.name):
+        with contextlib.suppress(OSError), opened(path) as (fd, _):
+            found = Journal.read(fd)
+            return found is not None and bool(found[1])
+    return False
 
 
 def is_worth_a_sync(size: int) -> bool:

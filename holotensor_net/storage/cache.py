@@ -93,7 +93,12 @@ class FragmentCache:
         return self.take(key, own, replace(entry or CacheEntry(key, 0), size=len(row), digest=digest_of(row)))
 
     def take(self, key: str, data: memoryview, entry: CacheEntry) -> memoryview:
-        """:meth:`put` without a copy, of bytes that nobody will change. The caller answers for ``entry.digest``."""
+        """:meth:`put` without a copy, of bytes that nobody will change. The caller answers for ``entry.digest``.
+
+        Raises CacheError if the sizes differ.
+        """
+        if len(data) != entry.size:
+            raise CacheError(f"there are {len(data)} bytes, their entry says {entry.size}: fetch them again")
         if self._disk is not None and entry.digest is None:
             entry = replace(entry, digest=digest_of(data))
         return self._keep(key, entry, data.toreadonly(), data)

@@ -2,119 +2,148 @@
 
 ::
 
-    size bytes of data | a note of what they are | two slots: how many from the start are settled, and their digest
+    size bytes of data | a note of what they are | two slots, each a Mark
 
-The slots are written in turn, so that one that is torn leaves the other. Nothing in a slot is believed before the
-bytes have been hashed again: it may be ahead of a disk that has lost power, and what it tells may have rotted. One
-slot in each :data:`SYNC_EVERY` bytes is written only after those are durable, and left alone until the next such.
+The slots are written in turn, so that one that is torn leaves the other: one of them only after what it tells is
+durable, once in :data:`SYNC_EVERY` bytes. Nothing in a slot is believed before the bytes have been hashed again: it may
+be ahead of a disk that has lost power, and what it tells may have rotted.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..values import blake3_of
+from ..values import blake3_hasher, blake3_of
 
-__all__ = ["SYNC_EVERY", "TAIL", "Journal", "Mark", "believed"]
+__all__ = ["MOST_APART", "SYNC_EVERY", "TAIL", "Journal", "Mark", "Span", "believed", "blocks", "span_of"]
 
-TAIL = 4096
+TAIL = 1 << 16
 SYNC_EVERY = 64 << 20
+MOST_APART = 256
 
 _SCHEMA = 1
-_SLOT = 512
-_NOTE = TAIL - 2 * _SLOT
+_NOTE = 1 << 12
+_SLOT = (TAIL - _NOTE) // 2
+_STEP = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Mark:
-    """The first ``length`` bytes are settled, and this is their BLAKE3 digest."""
+class Span:
+    """Bytes ``[start, stop)`` of a file, and their BLAKE3 digest."""
 
-    length: int
+    start: int
+    stop: int
     digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What will not change any more: the file from its start, and spans apart from that."""
+
+    prefix: Span
+    apart: tuple[Span, ...] = ()
 
 
 class Journal:
     """The end of a part file of ``size`` bytes of data. Not thread-safe. Raises OSError."""
 
-    def __init__(self, size: int, note: Mapping[str, Any], *, durable: int = 0) -> None:
+    def __init__(self, size: int, note: Mapping[str, Any]) -> None:
         self.size = size
         self.note = note
-        self._durable = durable
+        self._durable = 0
 
     def begin(self, fd: int) -> bool:
         """Write the note; False if it is too long for its place, and so this is no file to resume."""
-        page = _sealed(json.dumps({"schema": _SCHEMA, "size": self.size, "note": self.note}), _NOTE)
-        return page is not None and os.pwrite(fd, page + bytes(2 * _SLOT), self.size) == TAIL
+        page = _sealed({"schema": _SCHEMA, "size": self.size, "note": self.note})
+        if len(page) > _NOTE:
+            return False
+        os.pwrite(fd, page.ljust(TAIL, b"\0"), self.size)
+        return True
 
     def advance(self, fd: int, mark: Mark, *, sync: Callable[[int], None]) -> None:
         """Write a mark; ``sync`` makes data durable where that is due."""
-        is_due = mark.length - self._durable >= SYNC_EVERY
+        is_due = mark.prefix.stop - self._durable >= SYNC_EVERY
         if is_due:
             sync(fd)
-            self._durable = mark.length
-        page = _sealed(json.dumps([mark.length, mark.digest]), _SLOT)
-        if page is not None:
+            self._durable = mark.prefix.stop
+        spans = [[span.start, span.stop, span.digest] for span in (mark.prefix, *mark.apart)]
+        page = _sealed(spans)
+        if len(page) <= _SLOT:
             os.pwrite(fd, page, self.size + _NOTE + _SLOT * is_due)
 
     @classmethod
     def read(cls, fd: int) -> tuple[Journal, list[Mark]] | None:
-        """The journal of an open part file and its marks, least first; None if the file has none that is whole."""
+        """The journal of an open part file and its marks; None if the file has none that is whole."""
         size = os.fstat(fd).st_size - TAIL
         if size <= 0:
             return None
         tail = os.pread(fd, TAIL, size)
         try:
-            told = json.loads(_opened(tail[:_NOTE]))
+            told = _opened(tail[:_NOTE])
             if told["schema"] != _SCHEMA or told["size"] != size:
                 return None
             journal = cls(size, dict(told["note"]))
         except (ValueError, TypeError, LookupError, RecursionError):
             return None
-        marks = set()
+        marks = []
         for start in (_NOTE, _NOTE + _SLOT):
             try:
-                length, digest = json.loads(_opened(tail[start : start + _SLOT]))
+                prefix, *apart = (Span(*span) for span in _opened(tail[start : start + _SLOT]))
+                if all(0 <= span.start <= span.stop <= size for span in (prefix, *apart)):
+                    marks.append(Mark(prefix, tuple(apart)))
             except (ValueError, TypeError):
                 continue
-            if 0 < length < size:
-                marks.add(Mark(length, str(digest)))
-        return journal, sorted(marks)
+        return journal, marks
 
 
-def believed(fd: int, marks: list[Mark], hasher: Any) -> tuple[int, Any]:
-    """The last mark that the bytes in the file bear out, 0 for none, and the hasher as it was there."""
-    best = 0, hasher.copy()
+def believed(fd: int, marks: list[Mark]) -> tuple[int, Any, list[Span]]:
+    """What the bytes in the file bear out of its marks: how many from the start, the hasher that has taken them in,
+    and the spans apart from them."""
+    length, best, running = 0, blake3_hasher(), blake3_hasher()
     position = 0
-    for mark in marks:
-        while position < mark.length:
-            data = os.pread(fd, min(_STEP, mark.length - position), position)
-            if not data:
-                return best
-            hasher.update(data)
-            position += len(data)
-        if hasher.hexdigest() != mark.digest:
-            return best
-        best = position, hasher.copy()
-    return best
+    for prefix in sorted(mark.prefix for mark in marks):
+        for block in blocks(fd, position, prefix.stop):
+            running.update(block)
+            position += len(block)
+        if position < prefix.stop or running.hexdigest() != prefix.digest:
+            break
+        length, best = position, running.copy()
+    apart: list[Span] = []
+    for span in sorted({span for mark in marks for span in mark.apart}):
+        if span.start >= max(length, apart[-1].stop if apart else 0) and span_of(fd, span.start, span.stop) == span:
+            apart.append(span)
+    return length, best, apart
 
 
-_STEP = 1 << 20
+def span_of(fd: int, start: int, stop: int) -> Span:
+    """Bytes of an open file, hashed."""
+    hasher = blake3_hasher()
+    for block in blocks(fd, start, stop):
+        hasher.update(block)
+    return Span(start, stop, hasher.hexdigest())
 
 
-def _sealed(text: str, room: int) -> bytes | None:
-    """A page of ``room`` bytes that tells whether it is whole; None if the text is too long for it."""
-    body = text.encode()
-    page = blake3_of(body).encode() + b" " + body + b"\n"
-    return page.ljust(room, b"\0") if len(page) <= room else None
+def blocks(fd: int, start: int, stop: int) -> Iterator[memoryview]:
+    """Bytes of an open file, in pieces that are good until the next one; fewer only if the file ends before."""
+    room = memoryview(bytearray(max(0, min(_STEP, stop - start))))
+    while start < stop and (got := os.preadv(fd, [room[: stop - start]], start)):
+        yield room[:got]
+        start += got
 
 
-def _opened(page: bytes) -> bytes:
-    """The text of a page. Raises ValueError if it is damaged."""
-    seal, _, body = page.rstrip(b"\0").removesuffix(b"\n").partition(b" ")
+def _sealed(told: Any) -> bytes:
+    """A line of JSON that tells whether it is whole."""
+    body = json.dumps(told).encode()
+    return blake3_of(body).encode() + b" " + body + b"\n"
+
+
+def _opened(page: bytes) -> Any:
+    """What a line tells. Raises ValueError if it is damaged."""
+    seal, _, body = page.partition(b"\n")[0].partition(b" ")
     if blake3_of(body).encode() != seal:
         raise ValueError("damaged")
-    return body
+    return json.loads(body)

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 
 from ..errors import NetworkError
+from ..values import blake3_of
 
 __all__ = ["MemoryPart"]
 
@@ -55,6 +56,17 @@ class MemoryPart:
     def truncate(self, size: int) -> None:
         """Cut it to ``size`` bytes: a second go may have been shorter than the first."""
         self._stop = size
+
+    def settle(self, start: int, stop: int) -> None:
+        """These bytes will not change any more."""
+
+    def digest(self) -> str:
+        """The BLAKE3 digest of all bytes, 64 hex digits."""
+        return blake3_of(self.view())
+
+    def keep(self) -> None:
+        """Memory is of use to nobody else: :meth:`discard`."""
+        self.discard()
 
     def discard(self) -> None:
         """Let the memory go; views that are held keep it."""

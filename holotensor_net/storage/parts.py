@@ -8,14 +8,14 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError
 from ..values import blake3_hasher
 from .files import Buffer, disown, flat, hold, private_name, subject_of, translated
-from .journal import TAIL, Journal, Mark, believed
+from .journal import MOST_APART, TAIL, Journal, Mark, Span, believed, blocks, span_of
 
 if TYPE_CHECKING:
     from .blobs import BlobStore
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["PartFile"]
 
 _BACKDATED = 2_000_000_000
-_STEP = 1 << 20
+_FREE = 0.1  # seconds that may be spent on the digests of spans in any case
 
 
 class PartFile:
@@ -60,9 +60,9 @@ class PartFile:
             return self._size(fd)
 
     @property
-    def settled(self) -> int:
-        """Bytes from the start that are in the digest already, and, in a file that can be resumed, in its journal."""
-        return self._prefix.length
+    def settled(self) -> list[tuple[int, int]]:
+        """Where the bytes are that are settled, in order."""
+        return self._prefix.spans()
 
     def reserve(self) -> None:
         """Ask the disk for all of the room at once."""
@@ -101,15 +101,16 @@ class PartFile:
     def settle(self, start: int, stop: int) -> None:
         """The bytes there will not change any more: take them into the digest, and into the journal if there is one.
 
-        One thread at a time hashes; the others go on. A disk that fails here shows when the file is published.
+        When this returns, that is done, by whichever thread. A disk that fails here shows when the file is published.
         """
-        self._prefix.add(start, stop)
-        with contextlib.suppress(OSError):
-            while self._prefix.claim():
+        number = self._prefix.add(start, stop)
+        with contextlib.suppress(OSError, CacheError):
+            if self._prefix.claim(number):
                 try:
                     with self._using() as fd:
                         self._prefix.hash(fd)
                         if self._journal is not None and self._prefix.length < self._journal.size:
+                            self._prefix.hash_apart(fd)
                             self._journal.advance(fd, self._prefix.mark, sync=_sync)
                 finally:
                     self._prefix.release()
@@ -184,13 +185,13 @@ class PartFile:
         part = cls(store, path, fd, None)
         with translated("read a part file", store.root):
             found = Journal.read(fd)
-            length, hasher = believed(fd, found[1], blake3_hasher()) if found is not None else (0, None)
-            if found is None or not length:
+            length, hasher, apart = believed(fd, found[1]) if found is not None else (0, None, [])
+            if found is None or not (length or apart):
                 part.discard()
                 return None
             part._journal = found[0]
             part._limit = found[0].size
-            part._prefix = _Prefix(hasher, length)
+            part._prefix = _Prefix(hasher, length, apart)
         return part, found[0].note
 
     @property
@@ -233,49 +234,80 @@ def _sync(fd: int) -> None:
 
 
 class _Prefix:
-    """The digest of a file's bytes from its start, taken as they come. The lock guards all, but is not held to hash."""
+    """The digest of a file's bytes from its start, taken as they come, and of spans that have come before their turn.
 
-    def __init__(self, hasher: Any = None, length: int = 0) -> None:
+    The lock guards all, but is not held to hash: one thread at a time does.
+    """
+
+    def __init__(self, hasher: Any = None, length: int = 0, apart: Iterable[Span] = ()) -> None:
         self._hasher = hasher
         self.length = self._reach = length
-        self._apart: dict[int, int] = {}
+        self._apart: dict[int, int] = {span.start: span.stop for span in apart}
+        self._hashed: dict[int, Span] = {span.start: span for span in apart}
+        self._began = time.monotonic()
+        self._spent = 0.0
         self._is_busy = False
+        self._added = self._seeing = self._seen = 0
         self._changed = threading.Condition()
 
     @property
     def mark(self) -> Mark:
-        return Mark(self.length, self._hasher.hexdigest())
+        return Mark(Span(0, self.length, (self._hasher or blake3_hasher()).hexdigest()), tuple(self._hashed.values()))
 
-    def add(self, start: int, stop: int) -> None:
-        """These bytes will not change any more."""
+    def spans(self) -> list[tuple[int, int]]:
+        with self._changed:
+            return [(0, self._reach)] * (self._reach > 0) + sorted(self._apart.items())
+
+    def add(self, start: int, stop: int) -> int:
+        """These bytes will not change any more; gives the number of this call."""
         with self._changed:
             if start < stop:
                 self._apart[start] = stop
+            self._added += 1
             while (reach := self._apart.pop(self._reach, None)) is not None:
+                self._hashed.pop(self._reach, None)
                 self._reach = reach
+            return self._added
 
-    def claim(self) -> bool:
-        """Whether there is something to hash that nobody hashes; if so, it is the caller's until :meth:`release`."""
+    def claim(self, number: int) -> bool:
+        """Wait until what was added with this number has been seen to; or is the caller's to see to, with all that was
+        added since, until :meth:`release`."""
         with self._changed:
-            is_free = not self._is_busy and self.length < self._reach
-            self._is_busy = self._is_busy or is_free
-            return is_free
+            self._changed.wait_for(lambda: self._seen >= number or not self._is_busy)
+            if self._seen >= number:
+                return False
+            self._is_busy, self._seeing = True, self._added
+            return True
 
     def release(self) -> None:
         with self._changed:
-            self._is_busy = False
+            self._is_busy, self._seen = False, self._seeing
             self._changed.notify_all()
 
     def hash(self, fd: int) -> None:
         """Take in what there is now. Raises OSError."""
-        self._hasher, stop = self._hasher or blake3_hasher(), self._reach
-        block = memoryview(bytearray(max(0, min(_STEP, stop - self.length))))
-        while (left := stop - self.length) > 0:
-            got = os.preadv(fd, [block[:left]], self.length)
-            if not got:
-                raise OSError(errno.EIO, "the file ends before its bytes do")
-            self._hasher.update(block[:got])
-            self.length += got
+        self._hasher = self._hasher or blake3_hasher()
+        stop = self._reach
+        for block in blocks(fd, self.length, stop):
+            self._hasher.update(block)
+            self.length += len(block)
+        if self.length < stop:
+            raise OSError(errno.EIO, "the file ends before its bytes do")
+
+    def hash_apart(self, fd: int) -> None:
+        """Hash what has come before its turn, which will be hashed once more then: so only as long as that costs little
+        of the time, and a fast network does without."""
+        with self._changed:
+            apart = [span for span in self._apart.items() if span[0] not in self._hashed]
+        for start, stop in apart:
+            if self._spent > _FREE + (time.monotonic() - self._began) / 10 or len(self._hashed) >= MOST_APART:
+                return
+            began = time.thread_time()
+            span = span_of(fd, start, stop)
+            self._spent += time.thread_time() - began
+            with self._changed:
+                if start in self._apart:
+                    self._hashed[start] = span
 
     def digest(self, fd: int, size: int) -> str:
         """The digest of the first ``size`` bytes, the rest of them hashed now. Raises OSError."""
@@ -287,6 +319,6 @@ class _Prefix:
             if self.length > size:
                 self._hasher, self.length = None, 0
             self.hash(fd)
-            return str((self._hasher or blake3_hasher()).hexdigest())
+            return str(self._hasher.hexdigest())
         finally:
             self.release()

@@ -1219,7 +1219,9 @@ class Watching(RequestCache):
         self.made: list[Watched] = []
         self._holds = holds
 
-    def destination(self, size: int | None, head: HeadInfo) -> Destination:
+    def destination(
+        self, size: int | None, head: HeadInfo, request: LoadRequest | None = None, endpoint: int = 0
+    ) -> Destination:
         made = Watched(size)
         self.made.append(made)
         if self._holds:

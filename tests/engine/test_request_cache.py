@@ -279,9 +279,13 @@ def test_what_is_stale_stands_in_as_long_as_its_server_allowed(
 
 
 def test_bytes_go_to_the_disk_where_there_is_one(cache: RequestCache) -> None:
-    destination = cache.destination(4, head_of())
+    destination = cache.destination(1 << 18, head_of())
     assert isinstance(destination, PartFile)
     destination.discard()
+
+
+def test_what_is_too_short_for_a_part_file_goes_to_memory_first(cache: RequestCache) -> None:
+    assert isinstance(cache.destination((1 << 18) - 1, head_of()), MemoryPart)
 
 
 @pytest.mark.parametrize("size", [4, None])

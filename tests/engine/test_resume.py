@@ -1,0 +1,217 @@
+"""A transfer that was cut off goes on where it was, if what it brought is still good; and never on other bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+from servers import Nginx
+
+from holotensor_net.config import CdnEndpoint, NetworkConfig
+from holotensor_net.engine.loader import NetworkLoader
+from holotensor_net.storage.files import subject_of
+from holotensor_net.storage.journal import TAIL
+from holotensor_net.values import LoadRequest, RangeRequest
+
+MIB = 1 << 20
+WORKERS = 4
+PIECE = MIB
+SIZE = 24 * MIB
+
+LOAD = """
+    import json, os, signal, sys, threading, time
+    from hashlib import sha256
+    from holotensor_net.config import CdnEndpoint, NetworkConfig
+    from holotensor_net.engine.loader import NetworkLoader
+    from holotensor_net.values import LoadRequest, RangeRequest
+
+    url, cache, fields = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    piece, workers, doom = map(int, sys.argv[4:])
+    config = NetworkConfig(
+        endpoints=(CdnEndpoint(url),),
+        cache_dir=cache,
+        chunk_size=piece,
+        max_concurrent=workers,
+        monitor_bandwidth=False,
+    )
+
+    def end_at(limit):
+        while loader.stats().bytes_fetched < limit:
+            time.sleep(0.0005)
+        print(json.dumps({"fetched": loader.stats().bytes_fetched}), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with NetworkLoader(config) as loader:
+        if doom:
+            threading.Thread(target=end_at, args=(doom,), daemon=True).start()
+        span = fields.pop("span", None)
+        data = loader.load(LoadRequest("big", "big", byte_range=span and RangeRequest(*span), **fields)).data
+        print(json.dumps({"fetched": loader.stats().bytes_fetched, "sha256": sha256(data).hexdigest()}))
+"""
+
+
+def start(
+    server: Nginx, cache: Path, *, doom: int = 0, piece: int = PIECE, workers: int = WORKERS, **fields: Any
+) -> subprocess.Popen[str]:
+    """A process that loads the object, and kills itself once ``doom`` bytes have come."""
+    command = [sys.executable, "-c", textwrap.dedent(LOAD), server.url, str(cache), json.dumps(fields)]
+    return subprocess.Popen([*command, str(piece), str(workers), str(doom)], stdout=subprocess.PIPE, text=True)
+
+
+def outcome(process: subprocess.Popen[str], status: int = 0) -> dict[str, Any]:
+    told, _ = process.communicate(timeout=100)
+    assert process.returncode == status
+    result: dict[str, Any] = json.loads(told)
+    return result
+
+
+def killed(server: Nginx, cache: Path, doom: int, **options: Any) -> int:
+    """The bytes that had come when it was killed."""
+    return int(outcome(start(server, cache, doom=doom, **options), -signal.SIGKILL)["fetched"])
+
+
+def part_files(cache: Path) -> list[Path]:
+    return list((cache / "partial").glob("*"))
+
+
+@pytest.fixture
+def data() -> bytes:
+    return random.Random(5).randbytes(SIZE)
+
+
+@pytest.fixture
+def server(nginx: Callable[..., Nginx], tmp_path: Path, data: bytes) -> Nginx:
+    """Slow enough that a process is killed where it means to be."""
+    root = tmp_path / "www"
+    root.mkdir()
+    (root / "big").write_bytes(data)
+    return nginx(root, limit_rate=24 * MIB)
+
+
+def checksum(data: bytes, algorithm: str) -> str:
+    digest = blake3(data).hexdigest() if algorithm == "blake3" else sha256(data).hexdigest()
+    return f"{algorithm}:{digest}"
+
+
+@pytest.mark.parametrize("kind", ["whole", "range", "blake3"])
+def test_killed_at_half_it_fetches_the_other_half(server: Nginx, tmp_path: Path, data: bytes, kind: str) -> None:
+    fields: dict[str, Any] = {}
+    wanted = data
+    if kind == "range":
+        fields["span"], wanted = (MIB // 2, SIZE - 3), data[MIB // 2 : SIZE - 3]
+    elif kind != "whole":
+        fields["checksum"] = checksum(data, kind)
+    came = killed(server, tmp_path / "cache", SIZE // 2, **fields)
+    (part,) = part_files(tmp_path / "cache")
+    assert part.stat().st_size == len(wanted) + TAIL
+    again = outcome(start(server, tmp_path / "cache", **fields))
+    assert again["sha256"] == sha256(wanted).hexdigest()
+    assert again["fetched"] <= len(wanted) - came + (WORKERS + 1) * PIECE
+    assert part_files(tmp_path / "cache") == []
+    assert outcome(start(server, tmp_path / "cache", **fields))["fetched"] == 0 or kind in ("whole", "range")
+
+
+def test_killed_again_and_again_it_comes_to_an_end(server: Nginx, tmp_path: Path, data: bytes) -> None:
+    total = sum(killed(server, tmp_path / "cache", SIZE // 4) for _ in range(3))
+    last = outcome(start(server, tmp_path / "cache"))
+    assert last["sha256"] == sha256(data).hexdigest()
+    assert total + last["fetched"] <= SIZE + 3 * (WORKERS + 1) * PIECE
+
+
+@pytest.mark.parametrize("kind", ["whole", "blake3"])
+def test_object_that_changed_meanwhile_is_fetched_from_the_start(
+    server: Nginx, tmp_path: Path, data: bytes, kind: str
+) -> None:
+    killed(server, tmp_path / "cache", SIZE // 2, **({} if kind == "whole" else {"checksum": checksum(data, kind)}))
+    changed = data[:100] + bytes(MIB) + data[100 + MIB :]
+    (server.root / "big").write_bytes(changed)
+    os.utime(server.root / "big", (1, 1))  # another entity tag, though no second has passed
+    fields = {} if kind == "whole" else {"checksum": checksum(changed, kind)}
+    again = outcome(start(server, tmp_path / "cache", **fields))
+    assert again["sha256"] == sha256(changed).hexdigest()
+    assert again["fetched"] >= SIZE
+
+
+def test_with_a_digest_another_entity_tag_costs_the_bytes_and_no_error(
+    server: Nginx, tmp_path: Path, data: bytes
+) -> None:
+    fields = {"checksum": checksum(data, "blake3")}
+    killed(server, tmp_path / "cache", SIZE // 2, **fields)
+    os.utime(server.root / "big", (1, 1))
+    assert outcome(start(server, tmp_path / "cache", **fields))["sha256"] == sha256(data).hexdigest()
+    assert part_files(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("where", ["data", "journal", "end"])
+def test_part_file_that_has_rotted_is_not_believed(server: Nginx, tmp_path: Path, data: bytes, where: str) -> None:
+    killed(server, tmp_path / "cache", SIZE // 2)
+    (part,) = part_files(tmp_path / "cache")
+    place = {"data": 1000, "journal": SIZE, "end": SIZE // 2}[where]
+    with part.open("r+b") as file:
+        if where == "end":
+            file.truncate(place)
+        else:
+            file.seek(place)
+            file.write(bytes([data[place] ^ 1]) if where == "data" else b"\xff" * TAIL)
+    again = outcome(start(server, tmp_path / "cache"))
+    assert again["sha256"] == sha256(data).hexdigest()
+    assert again["fetched"] >= SIZE // 2
+    assert part_files(tmp_path / "cache") == []
+
+
+def test_of_two_that_go_on_at_once_both_are_right(server: Nginx, tmp_path: Path, data: bytes) -> None:
+    killed(server, tmp_path / "cache", SIZE // 2)
+    both = [outcome(process) for process in [start(server, tmp_path / "cache") for _ in range(2)]]
+    assert {one["sha256"] for one in both} == {sha256(data).hexdigest()}
+    assert part_files(tmp_path / "cache") == []
+
+
+def test_a_loader_that_is_closed_leaves_what_the_next_goes_on_with(server: Nginx, tmp_path: Path, data: bytes) -> None:
+    config = NetworkConfig(
+        endpoints=(CdnEndpoint(server.url),),
+        cache_dir=tmp_path / "cache",
+        chunk_size=PIECE,
+        max_concurrent=WORKERS,
+        monitor_bandwidth=False,
+    )
+    with NetworkLoader(config) as loader:
+        future = loader.enqueue(LoadRequest("big", "big"))
+        while loader.stats().bytes_fetched < SIZE // 2:
+            assert not future.done()
+    came = loader.stats().bytes_fetched
+    (part,) = part_files(tmp_path / "cache")
+    assert subject_of(part.name)
+    with NetworkLoader(config) as loader:
+        assert loader.load(LoadRequest("other", "big", byte_range=RangeRequest(0, 10 * MIB))).data == data[: 10 * MIB]
+        before = loader.stats().bytes_fetched
+        assert before == 10 * MIB  # another range is another fragment
+        assert loader.load(LoadRequest("big", "big")).data == data
+        assert loader.stats().bytes_fetched - before <= SIZE - came + (WORKERS + 1) * PIECE
+    assert part_files(tmp_path / "cache") == []
+
+
+@pytest.mark.slow
+def test_half_a_gigabyte(nginx: Callable[..., Nginx], tmp_path: Path) -> None:
+    size, piece, workers = 512 * MIB, 4 * MIB, 8
+    root = tmp_path / "www"
+    root.mkdir()
+    block = random.Random(6).randbytes(MIB)
+    with (root / "big").open("wb") as file:
+        for number in range(512):
+            file.write(number.to_bytes(8, "big") + block[8:])
+    server = nginx(root, limit_rate=64 * MIB)
+    came = killed(server, tmp_path / "cache", size // 2, piece=piece, workers=workers)
+    again = outcome(start(server, tmp_path / "cache", piece=piece, workers=workers))
+    assert again["sha256"] == sha256((root / "big").read_bytes()).hexdigest()
+    assert again["fetched"] <= size - came + workers * piece
