@@ -1128,7 +1128,7 @@ class Broken(RequestCache):
         setattr(self, place, self._fail)
         self._error = error
 
-    def _fail(self, *_: object) -> Any:
+    def _fail(self, *_: object, **__: object) -> Any:
         raise self._error
 
 
