@@ -40,7 +40,7 @@ from ..storage.memory import MemoryPart
 from ..transport.client import Answer, Ask, HttpClient, Write
 from ..transport.digests import check_digests
 from ..transport.guards import check_checksum
-from ..transport.retry import Patience
+from ..transport.retry import LONGEST_RETRY_AFTER, Patience
 from ..transport.sockets import Interrupt
 from ..values import (
     HeadInfo,
@@ -68,6 +68,9 @@ _log = logging.getLogger("holotensor_net.engine")
 
 _WORTH_RELIEF = 1 << 20
 """Bytes of a fragment from which publishing it takes longer than starting another worker."""
+
+_SHORTER_THAN_TO_MOVE = 1.0
+"""Seconds of silence that are waited for rather than that a load goes to another endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +384,11 @@ class Fetcher:
         """The endpoints that are not to be asked for a load. With the lock held."""
         return load.tried if load.whole else load.tried | self._rangeless
 
+    def _alternative(self, shares: list[Share], endpoint: int) -> int | None:
+        """Another endpoint that may be asked and is well, if there is one. With the lock held."""
+        excluded = set().union(*(self._excluded(share.load) for share in shares))
+        return self._routes.other(endpoint, excluded, self._clock())
+
     def _choose(self, shares: list[Share]) -> int:
         """The endpoint to ask, once there is one. Raises what all of them suffer from."""
         patience = self._patience(shares)
@@ -409,7 +417,11 @@ class Fetcher:
     def _transfer(self, piece: Piece, shares: list[Share], endpoint: int) -> tuple[int, Answer]:
         """Bring a piece from an endpoint, or from another one where that is slow; gives which, and what it said."""
         race = Race(shares, self._ask(piece, shares[0], endpoint), endpoint, self._clock())
-        patience = self._patience(shares, race.first)
+        with self._lock:
+            is_alone = self._alternative(shares, endpoint) is None
+        patience = self._patience(
+            shares, race.first, silence=LONGEST_RETRY_AFTER if is_alone else _SHORTER_THAN_TO_MOVE
+        )
 
         def open_sink(head: HeadInfo, _: RangeRequest | None) -> Write:
             race.headed = race.headed or self._clock()
@@ -492,7 +504,7 @@ class Fetcher:
         with self._lock:
             if race.is_over or self._closing.is_set():
                 return
-            ask, second = self._as_proven(race, now), self._second(race, now)
+            ask, second = self._as_proven(race, now), self._second(race)
             if ask is not None and second is not None and self._hedging.spend():
                 self._hedges += 1
                 self._second_at[second] += 1
@@ -501,10 +513,9 @@ class Fetcher:
         race.pause *= 2
         self._alarms.at(now + race.pause, race, self._is_slow)
 
-    def _second(self, race: Race, now: float) -> int | None:
+    def _second(self, race: Race) -> int | None:
         """Whom to ask for a piece that is slow. With the lock held."""
-        excluded = set().union(*(self._excluded(share.load) for share in race.shares))
-        second = self._routes.other(race.endpoint, excluded, now)
+        second = self._alternative(race.shares, race.endpoint)
         if second is None and self._config.hedging:
             second = race.endpoint
         there = sum(one.endpoint == second for one in self._races) + self._second_at[second or 0]
@@ -573,13 +584,16 @@ class Fetcher:
 
     # -- patience
 
-    def _patience(self, shares: list[Share], interrupt: Interrupt | None = None) -> Patience:
+    def _patience(
+        self, shares: list[Share], interrupt: Interrupt | None = None, *, silence: float = LONGEST_RETRY_AFTER
+    ) -> Patience:
         """As long as the most patient of those who wait, and only while somebody does."""
         with self._lock:
             ends = [waiter.until for share in shares for waiter in share.load.waiters]
         known = [end for end in ends if end is not None]
         return Patience(
             deadline=max(known) if known and len(known) == len(ends) else None,
+            silence=silence,
             closing=self._closing if interrupt is None else interrupt.fired,
             cancelled=lambda: self._closing.is_set() or all(share.attempt.abandoned for share in shares),
             clock=self._clock,
@@ -783,7 +797,10 @@ class Fetcher:
 
     def _failed(self, shares: list[Share], error: NetworkError, endpoint: int | None) -> None:
         with self._lock:
-            outage = endpoint is not None and self._report(endpoint, error)
+            outage = endpoint is not None and (
+                self._report(endpoint, error)
+                or (_asks_for_silence(error) and self._alternative(shares, endpoint) is not None)
+            )
             self._changed.notify_all()
             for share in shares:
                 share.attempt.leave()
@@ -932,6 +949,12 @@ def _is_failing(error: NetworkError) -> bool:
     """Whether the error says that a server does not do its work, rather than what it has."""
     last = error.last_error if isinstance(error, RetriesExhausted) else error
     return isinstance(last, ConnectionFailed | Timeout) or (isinstance(last, HttpError) and last.status >= 500)
+
+
+def _asks_for_silence(error: NetworkError) -> bool:
+    """Whether a server is to be left alone for longer than it takes to ask another."""
+    last = error.last_error if isinstance(error, RetriesExhausted) else error
+    return isinstance(last, RateLimited) and (error.retry_after or 0.0) > _SHORTER_THAN_TO_MOVE
 
 
 def _wanted(request: LoadRequest, head: HeadInfo) -> RangeRequest:

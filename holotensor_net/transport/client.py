@@ -40,7 +40,7 @@ from ..errors import (
 from ..values import HeadInfo, RangeRequest
 from . import guards
 from .digests import LINKED, check_digests
-from .retry import HOSTS, LONGEST_RETRY_AFTER, Allowance, Patience, retrying
+from .retry import HOSTS, Allowance, Patience, retrying
 from .sockets import Interrupt, LiveSockets, pool_classes
 from .transfer import Answer, Ask, OpenSink, Transfer, Write
 from .translation import translated
@@ -365,7 +365,7 @@ class HttpClient:
         """Wait until the host may be asked. Raises RateLimited at once where nobody would wait so long."""
         while (refusal := self._host.refusal(self._clock())) is not None:
             seconds = refusal.retry_after or 0.0
-            if seconds > LONGEST_RETRY_AFTER or not patience.outlasts(seconds):
+            if seconds > patience.silence or not patience.outlasts(seconds):
                 raise refusal
             patience.sleep(seconds)
 

@@ -42,19 +42,22 @@ _LONGEST_WAIT = 7 * 86400.0  # seconds; beyond some 1e9, sockets and locks raise
 class Patience:
     """How long a caller waits, and whether it still does.
 
-    ``deadline`` is absolute on ``clock``, None for no end. ``closing`` interrupts every wait. ``cancelled`` is asked
-    between reads.
+    ``deadline`` is absolute on ``clock``, None for no end. ``silence``: seconds for which it keeps away from a host
+    that asks for that; to one that asks for more its error is handed up at once. ``closing`` interrupts every wait.
+    ``cancelled`` is asked between reads.
     """
 
     def __init__(
         self,
         *,
         deadline: float | None = None,
+        silence: float = LONGEST_RETRY_AFTER,
         closing: threading.Event | None = None,
         cancelled: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.deadline = deadline
+        self.silence = silence
         self._closing = closing or threading.Event()
         self._cancelled = cancelled
         self._clock = clock
@@ -204,10 +207,13 @@ class _StopBeforeDeadline(tenacity.stop.stop_base):
 
 
 class _StopBeforeLongRetryAfter(tenacity.stop.stop_base):
-    """Stop when the server asks for a wait that nobody would sit through."""
+    """Stop when the server asks for a longer wait than the caller sits through."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
 
     def __call__(self, state: tenacity.RetryCallState) -> bool:
-        return _retry_after(state) > LONGEST_RETRY_AFTER
+        return _retry_after(state) > self._patience.silence
 
 
 class _StopWithoutAllowance(tenacity.stop.stop_base):
@@ -269,7 +275,7 @@ def retrying(
         stop=tenacity.stop_any(
             tenacity.stop_after_attempt(config.max_retries + 1),
             _StopBeforeDeadline(patience),
-            _StopBeforeLongRetryAfter(),
+            _StopBeforeLongRetryAfter(patience),
             _StopWithoutAllowance(may_retry),
         ),
         wait=_WaitAtLeastRetryAfter(config, draw),

@@ -1524,6 +1524,24 @@ def test_whole_objects_of_every_size_arrive_right(
         assert result.head.size == size
 
 
+def test_who_asks_for_silence_is_left_for_another(load: Callable[..., NetworkLoader]) -> None:
+    """And is asked again when the silence is over, should the other be of no use."""
+    busy = answer(status=429, retry_after=2)
+    with (
+        Wire(busy, always=part(DATA, 0, 100, etag='"v"')) as first,
+        Wire(always=part(DATA, 0, 100, etag='"v"')) as second,
+    ):
+        loader = load(first.url, second.url)
+        assert bytes(loader.load(LoadRequest("a", "a", byte_range=RangeRequest(0, 100))).data) == DATA[:100]
+        assert (len(first.requests), len(second.requests)) == (1, 1)
+    with Wire(busy, always=part(DATA, 0, 100, etag='"v"')) as first, Wire(always=answer(status=404)) as second:
+        loader = load(first.url, second.url)
+        began = time.monotonic()
+        assert bytes(loader.load(LoadRequest("a", "a", byte_range=RangeRequest(0, 100))).data) == DATA[:100]
+        assert time.monotonic() - began >= 2
+        assert (len(first.requests), len(second.requests)) == (2, 1)
+
+
 RANGES = [(0, 1), (0, CHUNK - 1), (1, CHUNK + 1), (5, CHUNK + 6), (0, 3 * CHUNK), (3 * CHUNK - 1, 3 * CHUNK), (7, 7)]
 
 
