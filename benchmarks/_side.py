@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def watched(loader: Any, future: Any) -> Iterator[tuple[float, int, int]]:
     while not future.done():
         stats = loader.stats()
         yield time.perf_counter() - began, stats.bytes_fetched, stats.connections
-        time.sleep(0.2)
+        wait([future], 0.2)
 
 
 def beside_bulk(

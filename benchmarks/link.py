@@ -23,7 +23,7 @@ PAYLOAD = 1448 / 1514  # of an Ethernet frame
 
 
 def cases(smallest: bool) -> Iterator[Case]:
-    seconds, rounds = (0.1, 1) if smallest else (5.0, 5)
+    seconds, pause, rounds = (0.1, 0.05, 1) if smallest else (5.0, 1.0, 5)
     with folder() as root, sides(("curl",) if smallest else PEERS) as (there, absent):
         write_object(root / "object", size := int(FAST / 8 * seconds))
         write_object(root / "slow", slow := int(SLOW / 8 * seconds))
@@ -31,8 +31,9 @@ def cases(smallest: bool) -> Iterator[Case]:
             yield steady(link, there, absent, rounds, "object", size, FAST)
             link.set_rate(SLOW)
             yield steady(link, there, absent, rounds, "slow", slow, SLOW)
-            for before, after, path in ((FAST, SLOW, "slow"), (SLOW, FAST, "object")):
-                yield step(link, there[OURS], rounds, before, after, path, {"slow": slow, "object": size}[path])
+            for before, after in ((FAST, SLOW), (SLOW, FAST)):
+                write_object(root / "step", size := int((before * pause + after * seconds) / 8))
+                yield step(link, there[OURS], rounds, before, after, size, pause)
 
 
 def steady(
@@ -63,23 +64,23 @@ def used(effort: Effort) -> float:
     return statistics.fmean(active for _, _, active in effort.told["seen"]) if effort.told["seen"] else 0.0
 
 
-def step(link: Link, side: Side, rounds: int, before: float, after: float, path: str, size: int) -> Case:
-    """The rate changes after a second: seconds from there until nine tenths of the new one come."""
+def step(link: Link, side: Side, rounds: int, before: float, after: float, size: int, pause: float) -> Case:
+    """The rate changes after ``pause`` seconds: how many from there until the new one comes, to a tenth."""
     found = []
     for _ in range(rounds):
         link.set_rate(before)
-        change = threading.Timer(1.0, link.set_rate, (after,))
+        change = threading.Timer(pause, link.set_rate, (after,))
         change.start()
-        effort = side.work("whole", url=link.url, path=path, size=size, watch=True)
+        effort = side.work("whole", url=link.url, path="step", size=size, watch=True)
         change.join()
-        found.append(max(1e-3, reached(effort.told["seen"], after / 8 * PAYLOAD)))
+        found.append(max(1e-3, reached(effort.told["seen"], after / 8 * PAYLOAD, pause)))
     title = f"step from {before / 1e6:g} to {after / 1e6:g} Mbit/s: until it is found, {link.kind}"
     return Case(title, {OURS: found}, (Bar("found within", statistics.median(found), at_most=2, unit=" s"),))
 
 
-def reached(seen: list[tuple[float, int, int]], rate: float) -> float:
-    """Seconds after the first until the bytes come within a tenth of ``rate``; all there is, if they never do."""
+def reached(seen: list[tuple[float, int, int]], rate: float, since: float) -> float:
+    """Seconds from ``since`` until the bytes come within a tenth of ``rate``; all there is, if they never do."""
     for (began, had, _), (at, have, _) in pairwise(seen):
-        if began >= 1.0 and 0.9 <= (have - had) / (at - began) / rate <= 1.1:
-            return at - 1.0
+        if began >= since and 0.9 <= (have - had) / (at - began) / rate <= 1.1:
+            return at - since
     return seen[-1][0] if seen else 0.0

@@ -142,9 +142,12 @@ class Fetcher:
 
     # -- what the loader asks for
 
-    def submit(self, request: LoadRequest, held: Found | None = None, *, shared: bool = True) -> Future[LoadResult]:
+    def submit(
+        self, request: LoadRequest, held: Found | None = None, *, shared: bool = True, at_once: bool = True
+    ) -> Future[LoadResult]:
         """A future for the result. An equal request that is in flight is joined; ``shared``: its future may be given
-        to both, so that whoever cancels it cancels it for all. Raises Cancelled once closed."""
+        to both, so that whoever cancels it cancels it for all. Not ``at_once``: more is coming that may be joined with
+        it, and ``start`` will follow. Raises Cancelled once closed."""
         may_resume = held is None and self._cache.has_part(request)
         now = self._clock()
         with self._lock:
@@ -163,8 +166,13 @@ class Fetcher:
         except BaseException:  # an interrupt, while the queue was full
             self._resolve(load, Cancelled("interrupted before it was queued"))
             raise
-        self._spawn()
+        if at_once or self._scheduler.is_half_full:
+            self._spawn()
         return future
+
+    def start(self) -> None:
+        """Begin with what was not to begin at once."""
+        self._spawn()
 
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
         """Move a load to another level; False if none of that name is in flight."""
@@ -289,6 +297,8 @@ class Fetcher:
 
     def _spawn(self) -> None:
         """Have as many workers as the scheduler wants, the limit at most."""
+        if self._workers >= self._scheduler.limit:  # a glance: whoever leaves looks for what was queued meanwhile
+            return
         with self._lock:
             if self._closing.is_set() or not self._scheduler.queue_len:
                 return

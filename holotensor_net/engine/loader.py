@@ -24,6 +24,10 @@ from .streaming import StreamingLoader
 __all__ = ["LoaderStats", "NetworkLoader"]
 
 
+_GATHERING = 0.02
+"""Seconds for which what is enqueued together is gathered before it is begun with: about a round trip."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoaderStats:
     """A snapshot of a loader. Sizes in bytes, ``bandwidth`` in bytes/s.
@@ -106,6 +110,9 @@ class NetworkLoader:
         ``shared=False``: a future of the caller's own, which nobody else can cancel; the bytes come only once all the
         same. A full queue makes the caller wait. Raises Cancelled once the loader is closed.
         """
+        return self._enqueue(request, shared=shared, at_once=True)
+
+    def _enqueue(self, request: LoadRequest, *, shared: bool, at_once: bool) -> Future[LoadResult]:
         if self._closed:
             raise Cancelled("the loader is closed: make a new one")
         try:
@@ -113,14 +120,24 @@ class NetworkLoader:
         except NetworkError as error:  # a path that cannot be asked for
             answer = LoadFailure(request.fragment_id, error)
         if answer is None or isinstance(answer, Found):
-            return self._fetcher.submit(request, answer, shared=shared)
+            return self._fetcher.submit(request, answer, shared=shared, at_once=at_once)
         future: Future[LoadResult] = Future()
         future.set_result(answer)
         return future
 
     def enqueue_many(self, requests: Iterable[LoadRequest]) -> list[Future[LoadResult]]:
-        """A future for each request, in their order."""
-        return [self.enqueue(request) for request in requests]
+        """A future for each request, in their order. The first ones wait a moment for neighbours to be joined with."""
+        futures: list[Future[LoadResult]] = []
+        begin_at = time.monotonic() + _GATHERING
+        try:
+            for request in requests:
+                is_due = time.monotonic() >= begin_at
+                futures.append(self._enqueue(request, shared=True, at_once=is_due))
+                if is_due:
+                    begin_at = time.monotonic() + _GATHERING
+        finally:
+            self._fetcher.start()
+        return futures
 
     def stream(self, requests: Iterable[LoadRequest | str], **options: Any) -> StreamingLoader:
         """Results as they come, most urgent first; ``options`` are those of StreamingLoader."""

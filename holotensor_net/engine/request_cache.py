@@ -7,6 +7,7 @@ it, it is the same.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import threading
@@ -103,6 +104,7 @@ class RequestCache:
         self._cache = cache
         self._endpoints = endpoints
         self._user_agent = user_agent
+        self._url_of = functools.lru_cache(256)(CdnEndpoint.url_of)
         self._clock = clock
         self._sightings: dict[str, _Sighting] = {}
         self._lock = threading.Lock()
@@ -118,7 +120,7 @@ class RequestCache:
         where = self._endpoints[endpoint]
         wanted = request.byte_range
         part = "whole" if wanted is None else f"{wanted.start}-{wanted.stop}"
-        return "\n".join(("url", where.url_of(request.path), part, where.scope))
+        return "\n".join(("url", self._url_of(where, request.path), part, where.scope))
 
     def _object(self, path: str, endpoint: int) -> str:
         where = self._endpoints[endpoint]
@@ -262,7 +264,7 @@ class RequestCache:
             size=wanted.length,
             etag=head.etag,
             last_modified=head.last_modified,
-            url=redact_url(self._endpoints[endpoint].url_of(request.path)),
+            url=redact_url(self._url_of(self._endpoints[endpoint], request.path)),
             byte_range=request.byte_range,
             object_size=head.size,
             validator_is_strong=head.validator.is_strong,

@@ -315,6 +315,11 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def is_half_full(self) -> bool:
+        """Whether whoever adds more may soon have to wait."""
+        return 2 * len(self._queue) >= self.config.queue_limit
+
+    @property
     def active(self) -> int:
         """Pieces being fetched."""
         return self._active

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import os
 import re
 import threading
@@ -55,6 +56,12 @@ _MOST_CONTINUATIONS = 256
 _REDIRECTS = (301, 302, 303, 307, 308)
 _REFUSED = (401, 403)
 _CONTROL = re.compile(r"[\x00-\x20\x7f]")
+_SCHEMES = ("http", "https", "all", "no")
+_PROXY_VARIABLES = (  # and that which has Python leave HTTP_PROXY out: to a web server's script, a client may say it
+    *(f"{scheme}_proxy" for scheme in _SCHEMES),
+    *(f"{scheme}_proxy".upper() for scheme in _SCHEMES),
+    "REQUEST_METHOD",
+)
 _UNSENDABLE = re.compile(r"\A\s|[\r\n\0]|[^\x00-\xff]")  # in a header; requests 2.32 lets a last line end pass (seen)
 
 # What may follow a redirect to another origin: nothing that could identify the caller.
@@ -492,7 +499,8 @@ class HttpClient:
     def _proxies(self, url: str) -> dict[str, str]:
         if self.endpoint.proxies is not None:
             return dict(self.endpoint.proxies)
-        return get_environ_proxies(url, no_proxy=None)
+        said = tuple(map(os.environ.get, _PROXY_VARIABLES))
+        return dict(_environ_proxies("/".join(url.split("/", 3)[:3]), said))
 
     def _patience(self) -> Patience:
         limit = self.config.retry.deadline
@@ -528,10 +536,27 @@ class _Adapter(HTTPAdapter):
         return manager
 
 
+@functools.lru_cache(256)
+def _environ_proxies(origin: str, said: tuple[str | None, ...]) -> dict[str, str]:
+    """The environment's proxies, which ``said`` is all of: to search it for them costs as much as all the rest of what
+    asking takes in Python."""
+    return get_environ_proxies(origin, no_proxy=None)
+
+
+@functools.lru_cache(256)
+def _template(method: str, url: str) -> requests.PreparedRequest:
+    """A request without headers of ours; the same URL is asked for again and again, a range at a time."""
+    return requests.Request(method, url).prepare()
+
+
 def _prepared(method: str, url: str, headers: Mapping[str, str]) -> requests.PreparedRequest:
     with contextlib.suppress(requests.exceptions.InvalidHeader):  # it repeats what it refuses
         if not any(_UNSENDABLE.search(value) for value in headers.values()):
-            return requests.Request(method, url, headers=headers).prepare()
+            request = _template(method, url).copy()
+            own = request.headers  # the credentials that its URL may hold
+            request.prepare_headers(headers)
+            request.headers.update(own)
+            return request
     raise ConfigurationError(
         "a credential or a header holds what HTTP cannot carry: look for line ends, spaces in front and letters"
         " beyond Latin-1 in CdnEndpoint.auth and .headers"

@@ -7,26 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 from ..errors import ChecksumMismatch, HttpError, ObjectChanged, ProtocolError, RangeNotSupported
 from ..values import HeadInfo, RangeRequest, Validator
 from . import guards
 from .digests import LINKED, Claim, Digest, announced, linked
 
-__all__ = ["Answer", "Ask", "OpenSink", "Roomy", "Transfer", "Write"]
+__all__ = ["Answer", "Ask", "OpenSink", "Room", "Transfer", "Write"]
 
 Write: TypeAlias = Callable[[int, memoryview], None]
 """Takes bytes at an absolute offset of the object."""
 
 
-@runtime_checkable
-class Roomy(Protocol):
-    """A ``Write`` that has memory for its bytes, which a socket may fill itself."""
-
-    def room(self, offset: int, most: int, /) -> memoryview | None:
-        """Where the bytes from ``offset`` on belong, ``most`` at most; None if they have to be written there."""
-
+Room: TypeAlias = Callable[[int, int], memoryview | None]
+"""What a ``Write`` with memory for its bytes has as ``room``: where those from an offset on belong, so many at most,
+for a socket to fill; None if they have to be written there."""
 
 OpenSink: TypeAlias = Callable[[HeadInfo, RangeRequest | None], Write]
 """Called once, when an answer has passed the guards: what it told, and which bytes come (None: an unknown number from
@@ -142,7 +138,8 @@ class Transfer:
 
     def room(self, most: int) -> memoryview | None:
         """The memory where the next bytes belong, ``most`` of them at most; None if they have to be written there."""
-        return self.write.room(self.position, most) if isinstance(self.write, Roomy) else None
+        room: Room | None = getattr(self.write, "room", None)
+        return None if room is None else room(self.position, most)
 
     def advance(self, block: memoryview, *, is_in_place: bool = False) -> None:
         """The next bytes: to their place, unless they are there. Raises ChecksumMismatch if they complete what has

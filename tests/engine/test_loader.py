@@ -145,6 +145,38 @@ def test_many_are_loaded_each_to_its_own_future(make: Make, served: Callable[...
     assert [got(future) for future in futures] == [DATA[start:stop] for start, stop in bounds]
 
 
+def test_what_is_enqueued_together_is_asked_for_together(
+    make: Make, served: Callable[..., Origin], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_GATHERING", NEVER)
+    loader = make(served().url, cache_dir=False)
+    futures = loader.enqueue_many(LoadRequest(f"{n}", "file", byte_range=(64 * n, 64 * n + 64)) for n in range(50))
+    assert [got(future) for future in futures] == [DATA[64 * n : 64 * n + 64] for n in range(50)]
+    assert loader.stats().requests == 1
+
+
+def test_what_was_enqueued_before_a_defect_arrives(make: Make, served: Callable[..., Origin]) -> None:
+    loader = make(served().url)
+
+    def requests() -> Iterator[LoadRequest]:
+        yield REQUEST
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        loader.enqueue_many(requests())
+    assert got(loader.enqueue(REQUEST)) == DATA
+
+
+def test_more_than_the_queue_holds_can_be_enqueued_together(
+    make: Make, served: Callable[..., Origin], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_GATHERING", 1e6)
+    loader = make(served().url)
+    loader.scheduler.config = replace(loader.scheduler.config, queue_limit=2)
+    futures = loader.enqueue_many(LoadRequest(f"{n}", "file", byte_range=(n, n + 1)) for n in range(20))
+    assert b"".join(map(got, futures)) == DATA[:20]
+
+
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (5, 95), (0, 100), (99, 100), (50, 50)])
 def test_part_of_a_fragment_is_counted_from_its_start(
     make: Make, served: Callable[..., Origin], start: int, stop: int
