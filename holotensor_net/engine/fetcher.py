@@ -159,6 +159,8 @@ class Fetcher:
             load = self._books.open(request, held, now, whole=len(self._rangeless) == len(self._clients))
             load.may_resume = may_resume and not load.whole
             future = self._wait_for(load, request, now, shared)
+        if load.is_repeated and self._is_there(load):
+            return future
         try:
             # One piece, for the worker that is to find out how much of it is left.
             in_one = load.whole or load.may_resume
@@ -173,6 +175,17 @@ class Fetcher:
     def start(self) -> None:
         """Begin with what was not to begin at once."""
         self._spawn()
+
+    def _is_there(self, load: Load) -> bool:
+        """Whether an equal load has brought the bytes since the caller looked into the cache."""
+        found = self._cache.find(load.request)
+        data = self._cache.data(found) if found is not None and found.is_fresh else None
+        if data is None or found is None:
+            return False
+        with self._lock:
+            self._confirmed_bytes += len(data)
+        self._resolve(load, LoadSuccess(load.request.fragment_id, data, from_cache=True, head=found.head))
+        return True
 
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
         """Move a load to another level; False if none of that name is in flight."""

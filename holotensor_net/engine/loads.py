@@ -18,6 +18,9 @@ from .scheduler import Part
 __all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Waiter"]
 
 
+_MOST_ENDED = 4096
+
+
 @dataclass(slots=True, eq=False)
 class Attempt:
     """One go at a load: all that must be of one version of the object. ``wanted`` is known once an answer has come,
@@ -64,7 +67,7 @@ class Attempt:
 class Load:
     """A fragment on its way, and everyone who waits for it. ``whole``: each endpoint is asked for all of the object in
     a plain GET, as none is left that serves ranges. ``may_resume``: the first worker is to look for what has come of an
-    earlier transfer."""
+    earlier transfer. ``is_repeated``: an equal load has ended not long ago."""
 
     request: LoadRequest
     fragment: Fragment
@@ -77,6 +80,7 @@ class Load:
     restarts: int = 0
     in_memory: bool = False
     may_resume: bool = False
+    is_repeated: bool = False
     done: bool = False
 
     @property
@@ -133,6 +137,7 @@ class Books:
 
     def __init__(self) -> None:
         self._loads: dict[object, Load] = {}
+        self._ended: dict[object, None] = {}
         self._by_name: dict[str, dict[Load, None]] = {}
 
     def __len__(self) -> int:
@@ -153,6 +158,7 @@ class Books:
         """A new load, that nobody waits for yet."""
         fragment = Fragment(request, queued_at=now)
         fragment.load = load = Load(request, fragment, held, whole)
+        load.is_repeated = _identity(request) in self._ended
         self._loads[_identity(request)] = load
         return load
 
@@ -173,7 +179,11 @@ class Books:
         """Strike a load out; gives those who are to be told."""
         load.done = True
         load.attempt.abandon(keep=True)
-        del self._loads[_identity(load.request)]
+        identity = _identity(load.request)
+        del self._loads[identity]
+        self._ended[identity] = None
+        if len(self._ended) > _MOST_ENDED:
+            del self._ended[next(iter(self._ended))]
         waiters, load.waiters = load.waiters, []
         for waiter in waiters:
             self._forget_name(load, waiter.fragment_id)

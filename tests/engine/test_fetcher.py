@@ -1215,7 +1215,10 @@ class Watched(MemoryPart):
 
 class Watching(RequestCache):
     def __init__(self, *, holds: bool = False) -> None:
-        super().__init__(FragmentCache(CacheConfig(directory=False)), (CdnEndpoint("https://cdn0.example.com"),))
+        super().__init__(
+            FragmentCache(CacheConfig(directory=False, memory_size=holds << 20)),
+            (CdnEndpoint("https://cdn0.example.com"),),
+        )
         self.made: list[Watched] = []
         self._holds = holds
 
