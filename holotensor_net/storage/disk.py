@@ -146,10 +146,13 @@ class DiskTier:
             self.entries.write(name, entry)
 
     def note(self, name: str, count: int, last: float) -> None:
-        """Add uses to the entry."""
+        """Add uses to the entry. Of one that has many already, a few more are not worth a file that is written anew:
+        when it was last used is told by the file's time."""
         entry = self.entries.read(name)
-        if entry is not None:
+        if entry is not None and 8 * count > entry.access_count:
             self.entries.write(name, entry.used(count, last))
+        else:
+            self.entries.touch(name, last)
 
     def remove(self, name: str) -> None:
         entry = self.entries.read(name)
