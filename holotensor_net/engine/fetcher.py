@@ -315,7 +315,7 @@ class Fetcher:
         with self._lock:
             if self._closing.is_set() or not self._scheduler.queue_len:
                 return
-            more = self._scheduler.limit - self._workers
+            more = self._scheduler.crew - self._workers
             self._workers += max(0, more)
             for _ in range(more):
                 self._executor.submit(self._work)
@@ -325,7 +325,7 @@ class Fetcher:
         loader holds nothing up."""
         self._here.is_own = True
         try:
-            while self._workers <= self._scheduler.limit and (piece := self._scheduler.next()) is not None:
+            while self._workers <= self._scheduler.crew and (piece := self._scheduler.next()) is not None:
                 self._run(piece)
                 self._spawn()
         finally:
@@ -342,6 +342,7 @@ class Fetcher:
         try:
             if shares:
                 endpoint = self._choose(shares)
+                self._scheduler.give_way(piece)
                 endpoint, outcome = self._transfer(piece, shares, endpoint)
         except NetworkError as error:
             outcome = error
@@ -457,7 +458,7 @@ class Fetcher:
                 race.ask,
                 open_sink,
                 patience,
-                on_bytes=lambda size: self._pace(size, patience, endpoint),
+                on_bytes=lambda size: self._pace(size, piece, patience, endpoint),
                 on_retry=self._note_retry,
                 interrupt=race.first,
             )
@@ -571,7 +572,7 @@ class Fetcher:
                 ask,
                 open_sink,
                 patience,
-                on_bytes=lambda size: self._pace(size, patience, endpoint),
+                on_bytes=lambda size: self._pace(size, None, patience, endpoint),
                 on_retry=self._note_retry,
                 interrupt=race.second,
             )
@@ -622,11 +623,13 @@ class Fetcher:
             clock=self._clock,
         )
 
-    def _pace(self, size: int, patience: Patience, endpoint: int) -> None:
-        delay = self._scheduler.record(size)
+    def _pace(self, size: int, piece: Piece | None, patience: Patience, endpoint: int) -> None:
+        delay = self._scheduler.record(size, piece)
         self._heard(endpoint)
-        if self._workers < self._scheduler.limit:
+        if self._workers < self._scheduler.crew:
             self._spawn()
+        if piece is not None:
+            self._scheduler.give_way(piece)
         if delay > 0:
             patience.sleep(delay)
 
@@ -742,13 +745,13 @@ class Fetcher:
             attempt.head = answer.head
             if part < attempt.wanted.length:
                 # Nothing proves that the rest would be of the same version: all of it has to come in one answer.
-                self._scheduler.extend(load.fragment, [attempt.wanted])
+                self._scheduler.extend(load.fragment, [attempt.wanted], whole=True)
                 return False
         attempt.missing -= part
         planned = share.part.plan.stop
         if attempt.missing and planned < attempt.wanted.stop:
             rest = RangeRequest(planned, attempt.wanted.stop)
-            self._scheduler.extend(load.fragment, self._scheduler.cut(rest))
+            self._scheduler.extend(load.fragment, [rest], whole=False)
         return attempt.missing == 0
 
     def _ends(self, load: Load, head: HeadInfo, came: RangeRequest) -> bool:

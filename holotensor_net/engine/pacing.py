@@ -125,6 +125,11 @@ class ConcurrencyController:
         return self._base if self._trial is None else self._trial
 
     @property
+    def most(self) -> int:
+        """Connections that may be used for a moment: fewer than were refused."""
+        return max(self.limit, self._refusals.most)
+
+    @property
     def seconds(self) -> float:
         """How long the next interval should be."""
         if self._looks is not None:
@@ -317,6 +322,11 @@ class _Refusals:
         self._deaf = 0.0
         self._wait = 0.0
         self._next_wait = _RETRY
+
+    @property
+    def most(self) -> int:
+        """Numbers up to this one have not been refused."""
+        return self._ceiling if self._refused is None else self._refused - 1
 
     def are_too_many(self, interval: Interval, limit: int, *, is_trial: bool) -> bool:
         self._wait -= interval.seconds

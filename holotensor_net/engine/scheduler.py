@@ -14,13 +14,15 @@ from ..errors import ConfigurationError, Timeout
 from ..values import LoadRequest, Priority, RangeRequest, Validator
 from .bandwidth import BandwidthMonitor
 from .pacing import ConcurrencyController, Interval, RateBudget
-from .planning import gap_worth_reading, join_neighbours, split
+from .planning import gap_worth_reading, join_neighbours, piece_worth_asking, split
 from .priority import PrioritizedFragment, PriorityQueue
 
 __all__ = ["Part", "Piece", "Plan", "Scheduler", "SchedulerStats"]
 
 _ROUND_TRIP = 0.02  # until one has been seen
 _LARGEST_GAP = 256 * 1024
+_LONGEST_PAUSE = 0.5  # seconds that a lower level waits at once for CRITICAL: nobody is held up for ever
+_SILENCE = 1.0  # seconds without a byte after which CRITICAL holds nobody up: it would not come sooner
 _SETTLED = object()  # the state of a fragment that is done with: whatever comes too late for it is ignored
 
 
@@ -28,11 +30,13 @@ _SETTLED = object()  # the state of a fragment that is done with: whatever comes
 class Plan:
     """What is left to hand out of a fragment that has been begun, up to where, and whether the queue holds it.
 
+    ``whole``: its ranges are handed out as they are; else in pieces, which are cut when they are taken.
     ``place`` is the one that it had in the queue, and will have again: what was begun is ended before its equals begin.
     """
 
     pending: deque[RangeRequest]
     stop: int
+    whole: bool = False
     queued: bool = True
     place: int | None = None
 
@@ -178,6 +182,11 @@ class Scheduler:
         self._failed = 0
         self._closed = False
         self._is_idle = True
+        self._calm = threading.Condition(lock)  # for whoever gives way to CRITICAL
+        self._in_flight: set[Piece] = set()
+        self._urgent = 0  # pieces of level CRITICAL in flight
+        self._urgent_at = clock()  # when the last byte of theirs came
+        self._is_urgent_queued = False
         self._begin_interval(clock())
 
     # -- in
@@ -214,12 +223,16 @@ class Scheduler:
         """Queue fragments, in order."""
         return [self.enqueue(request) for request in requests]
 
-    def extend(self, fragment: PrioritizedFragment, ranges: Iterable[RangeRequest]) -> None:
-        """Queue further ranges of a fragment that was begun, as they are: the caller has cut them."""
+    def extend(
+        self, fragment: PrioritizedFragment, ranges: Iterable[RangeRequest], *, whole: bool | None = None
+    ) -> None:
+        """Queue further ranges of a fragment that was begun. ``whole``: hand them out as they are, or in pieces; None:
+        as it was."""
         with self._changed:
             if self._closed or fragment.state is _SETTLED:
                 return
             plan = self._plan(fragment)
+            plan.whole = plan.whole if whole is None else whole
             for byte_range in ranges:
                 plan.pending.append(byte_range)
                 plan.stop = max(plan.stop, byte_range.stop)
@@ -242,10 +255,6 @@ class Scheduler:
             fragment.state = Plan(pieces, stop) if pieces else None
             self._put(fragment, alone=True, whole=whole)
 
-    def cut(self, byte_range: RangeRequest) -> Iterable[RangeRequest]:
-        """A range in pieces of at most ``chunk_size`` bytes."""
-        return split(byte_range, self.config.chunk_size)
-
     # -- out
 
     def next(self, timeout: float | None = None) -> Piece | None:
@@ -258,7 +267,7 @@ class Scheduler:
                 if self._closed or not len(self._queue):
                     return None
                 now = self._clock()
-                wait = self._budget.delay(now) if self._active < self.limit else None
+                wait = self._wait(now)
                 if wait is not None and wait <= 0:
                     return self._take(now)
                 if end is not None:
@@ -273,6 +282,9 @@ class Scheduler:
             now = self._clock()
             self._account(now)
             self._active -= 1
+            self._in_flight.discard(piece)
+            if self._urgent:
+                self._count_urgent()
             # Between two pieces of a lone connection the interval goes on: it would never come to its end.
             self._is_idle = not self._active and not len(self._queue)
             self._revise(now, force=self._is_idle)
@@ -296,16 +308,31 @@ class Scheduler:
             self._changed.notify_all()
             self._room.notify_all()
 
-    def record(self, size: int) -> float:
+    def record(self, size: int, piece: Piece | None = None) -> float:
         """Bytes have arrived; gives the seconds to pause before the next read, so that ``max_bandwidth`` holds."""
         with self._changed:
             now = self._clock()
+            if self._urgent and piece is not None and _is_urgent(piece):
+                self._urgent_at = now
             self._account(now)
             self._bytes += size
             self._total_bytes += size
             self._budget.spend(size, now)
             self._revise(now)
             return self._budget.delay(now)
+
+    def give_way(self, piece: Piece) -> None:
+        """Wait, before a piece is asked for and before each read, while one of level CRITICAL comes in: half a second
+        at most."""
+        if not self._urgent:
+            return
+        with self._changed:
+            now = self._clock()
+            end = now + _LONGEST_PAUSE
+            while now < end and self._must_give_way(now) and not _is_urgent(piece):
+                self._is_disturbed = True
+                self._calm.wait(end - now)
+                now = self._clock()
 
     # -- what is going on
 
@@ -328,6 +355,12 @@ class Scheduler:
     def limit(self) -> int:
         """Connections that may be used at once, now."""
         return self._controller.limit if self.config.monitor_bandwidth else self.config.max_concurrent
+
+    @property
+    def crew(self) -> int:
+        """Workers that there may be: ``limit``, and one for each urgent piece that lower ones give way to."""
+        extra = min(self._active - self._urgent, self._urgent + self._is_urgent_queued)
+        return self.limit if extra <= 0 else max(self.limit, min(self._most, self.limit + extra))
 
     @property
     def completed(self) -> int:
@@ -369,10 +402,13 @@ class Scheduler:
         level = _level(priority)
         with self._changed:
             moved = self._queue.update_priority(fragment_id, level)
+            self._is_urgent_queued |= moved and level == Priority.CRITICAL
             for fragment in self._parked:
                 if fragment.fragment_id == fragment_id:
                     fragment.priority = level
                     moved = True
+            self._count_urgent()
+            self._changed.notify()
             return moved
 
     def move(self, fragment: PrioritizedFragment, priority: Priority) -> None:
@@ -384,6 +420,9 @@ class Scheduler:
                 fragment.priority = level
                 if is_queued:
                     self._queue.push(fragment)
+                    self._is_urgent_queued |= level == Priority.CRITICAL
+                self._count_urgent()
+                self._changed.notify()
 
     def clear(self) -> None:
         """Forget everything that is queued; what is being fetched goes on."""
@@ -395,12 +434,38 @@ class Scheduler:
         with self._changed:
             self._closed = True
             self._forget_queued()
+            self._calm.notify_all()
 
     # -- inside: all of it with the Condition held
 
     @property
     def _short(self) -> int:
         return self.config.chunk_size // 4
+
+    @property
+    def _most(self) -> int:
+        """Connections that there may be for a moment."""
+        return min(self.config.max_concurrent, self._controller.most)
+
+    def _wait(self, now: float) -> float | None:
+        """Seconds until the most urgent may be taken; None for until something changes."""
+        fragment = self._queue.peek()
+        if fragment is None:
+            return None
+        if self._active >= self.limit:
+            # Lower levels give way to CRITICAL, so that their connections hardly count.
+            is_urgent = fragment.priority == Priority.CRITICAL and self._urgent < self.limit
+            if not is_urgent or self._active >= self._most:
+                return None
+        return self._budget.delay(now)
+
+    def _must_give_way(self, now: float) -> bool:
+        return not self._closed and self._urgent > 0 and now < self._urgent_at + _SILENCE
+
+    def _count_urgent(self) -> None:
+        self._urgent = sum(_is_urgent(piece) for piece in self._in_flight)
+        if not self._urgent:
+            self._calm.notify_all()
 
     def _has_room(self) -> bool:
         return self._closed or len(self._queue) < self.config.queue_limit
@@ -409,20 +474,21 @@ class Scheduler:
         wanted = fragment.request.byte_range
         if whole:
             opening = _opening(fragment.request, self.config.chunk_size)
-            fragment.state = Plan(deque([opening]), opening.stop)
+            fragment.state = Plan(deque([opening]), opening.stop, whole=True)
         elif not alone and wanted is not None and wanted.length <= self._short and not fragment.request.allow_short:
             self._shorts.setdefault(_neighbourhood(fragment), _Shorts()).add(fragment, wanted)
         self._queue.push(fragment)
+        self._is_urgent_queued |= fragment.priority == Priority.CRITICAL
         self._changed.notify()
 
     def _plan(self, fragment: PrioritizedFragment) -> Plan:
         """The plan of a fragment; if it has none yet, all of its ranges where that is safe, else the first."""
         if fragment.state is None:
             wanted = _opening(fragment.request, self.config.chunk_size)
-            pieces = list(self.cut(wanted)) if _is_safe(fragment.request) else []
-            if not pieces:
-                pieces = [RangeRequest(wanted.start, min(wanted.stop, wanted.start + self.config.chunk_size))]
-            fragment.state = Plan(deque(pieces), pieces[-1].stop)
+            is_safe = _is_safe(fragment.request)
+            if not is_safe:
+                wanted = RangeRequest(wanted.start, min(wanted.stop, wanted.start + self.config.chunk_size))
+            fragment.state = Plan(deque([wanted]), wanted.stop, whole=not is_safe)
         assert isinstance(fragment.state, Plan)
         return fragment.state
 
@@ -438,7 +504,15 @@ class Scheduler:
             self._begin_interval(now)
         self._account(now)
         self._active += 1
-        return Piece(tuple(parts), RangeRequest(parts[0].byte_range.start, parts[-1].byte_range.stop))
+        piece = Piece(tuple(parts), RangeRequest(parts[0].byte_range.start, parts[-1].byte_range.stop))
+        self._in_flight.add(piece)
+        if fragment.priority == Priority.CRITICAL:
+            self._urgent += 1
+            self._urgent_at = now
+            following = self._queue.peek()
+            self._is_urgent_queued = following is not None and following.priority == Priority.CRITICAL
+            self._is_disturbed |= self._active > self._urgent
+        return piece
 
     def _is_short(self, fragment: PrioritizedFragment) -> bool:
         return fragment in self._shorts.get(_neighbourhood(fragment), ())
@@ -449,6 +523,11 @@ class Scheduler:
     def _take_range(self, fragment: PrioritizedFragment) -> RangeRequest:
         plan = self._plan(fragment)
         wanted = plan.pending.popleft()
+        if not plan.whole and wanted.length:
+            first = next(split(wanted, self._piece_size()))
+            if first.stop < wanted.stop:
+                plan.pending.appendleft(RangeRequest(first.stop, wanted.stop))
+                wanted = first
         if not plan.pending:
             plan.place = fragment.place
             self._queue.discard(fragment)
@@ -457,6 +536,13 @@ class Scheduler:
             self._room.notify_all()
         self._drop_short(fragment)
         return wanted
+
+    def _piece_size(self) -> int:
+        """Bytes of the next piece."""
+        if not self.config.monitor_bandwidth:
+            return self.config.chunk_size
+        each = self.monitor.current_bandwidth / max(1, self._active)
+        return piece_worth_asking(self.monitor.round_trip, each, most=self.config.chunk_size)
 
     def _neighbours(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> list[Part]:
         """Short fragments of the same object and level that are cheaper to bring along than to ask for later."""
@@ -500,6 +586,7 @@ class Scheduler:
         self._bytes = 0
         self._refusals = 0
         self._saturated = False
+        self._is_disturbed = False  # some have given way: what is measured is not the path
 
     def _account(self, now: float) -> None:
         self._busy += self._active * (now - self._accounted)
@@ -522,7 +609,7 @@ class Scheduler:
                     seconds=seconds,
                     bytes=self._bytes,
                     active=self._busy / seconds,
-                    saturated=self._saturated,
+                    saturated=self._saturated and not self._is_disturbed,
                     refusals=self._refusals,
                     round_trip=self.monitor.round_trip,
                 )
@@ -537,6 +624,10 @@ def _level(priority: Priority) -> Priority:
         return Priority(priority)
     except ValueError:
         raise ConfigurationError(f"priority must be a Priority, not {priority!r}") from None
+
+
+def _is_urgent(piece: Piece) -> bool:
+    return piece.priority == Priority.CRITICAL
 
 
 def _neighbourhood(fragment: PrioritizedFragment) -> tuple[str, Validator | None]:

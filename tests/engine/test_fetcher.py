@@ -1371,6 +1371,7 @@ class Limit:
     """A controller that does as it is told."""
 
     seconds = 0.25
+    most = 64
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

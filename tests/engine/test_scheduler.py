@@ -109,7 +109,7 @@ def test_without_a_known_version_the_first_piece_goes_alone(fields: dict[str, An
     (piece,) = drain(queue)
     assert ranges([piece]) == [(100, 100 + CHUNK)]
     assert piece.parts[0].plan.stop == 100 + CHUNK
-    queue.extend(fragment, queue.cut(RangeRequest(100 + CHUNK, 100 + 3 * CHUNK)))
+    queue.extend(fragment, [RangeRequest(100 + CHUNK, 100 + 3 * CHUNK)], whole=False)
     assert ranges(drain(queue)) == [(100 + CHUNK, 100 + 2 * CHUNK), (100 + 2 * CHUNK, 100 + 3 * CHUNK)]
 
 
@@ -243,7 +243,7 @@ def test_what_was_begun_is_ended_before_its_equals_begin() -> None:
     queue = scheduler()
     first, _, _ = queue.enqueue_many(part_of(name, 0, 3 * CHUNK) for name in "abc")
     assert queue.next() is not None
-    queue.extend(first, queue.cut(RangeRequest(CHUNK, 3 * CHUNK)))
+    queue.extend(first, [RangeRequest(CHUNK, 3 * CHUNK)], whole=False)
     assert [piece.request.path for piece in drain(queue)] == ["a", "a", "b", "c"]
 
 
@@ -551,7 +551,7 @@ class Listener:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.seconds = 0.25
+        self.seconds, self.most = 0.25, limit
         self.intervals: list[Interval] = []
         self.next_limit = limit
 
@@ -734,6 +734,106 @@ def test_it_takes_its_part_of_a_whole_configuration() -> None:
     assert Scheduler().config == SchedulerConfig()
 
 
+# --- giving way
+
+
+def test_critical_takes_a_connection_beyond_the_limit_once() -> None:
+    clock = Clock()
+    queue, _ = listened(2, clock)
+    queue._controller.most = 3  # type: ignore[attr-defined]
+    queue.enqueue_many(LoadRequest(name, name, priority=Priority.LOW) for name in "abc")
+    assert len(drain(queue)) == queue.crew == 2
+    queue.enqueue_many(LoadRequest(name, name, priority=Priority.CRITICAL) for name in "xy")
+    assert queue.crew == 3
+    (urgent,) = drain(queue)
+    assert (urgent.fragment_id, queue.active, queue.crew) == ("x", 3, 3)
+    queue.release(urgent)
+    (urgent,) = drain(queue)
+    queue.release(urgent)
+    assert (urgent.fragment_id, drain(queue), queue.crew) == ("y", [], 2)
+
+
+def test_lower_levels_wait_while_critical_comes_in_and_no_longer() -> None:
+    queue = Scheduler(SchedulerConfig())  # by the real clock
+    queue.enqueue(LoadRequest("low", "low", priority=Priority.LOW))
+    low = queue.next()
+    queue.enqueue(LoadRequest("urgent", "urgent", priority=Priority.CRITICAL))
+    urgent = queue.next()
+    assert low is not None
+    assert urgent is not None
+    queue.give_way(urgent)  # it does not wait for itself
+    with thread(lambda: queue.give_way(low)) as result:
+        wait_until_waiting(queue._calm)
+        queue.record(1, urgent)
+        queue.release(urgent)
+        result()
+    queue.give_way(low)
+
+
+@pytest.mark.parametrize("silence", [0.0, 10.0], ids=["while it comes", "while nothing comes"])
+def test_nobody_is_held_up_for_ever(silence: float) -> None:
+    clock = Clock()
+    queue = scheduler(clock)
+    queue.enqueue(LoadRequest("low", "low", priority=Priority.LOW))
+    low = queue.next()
+    queue.enqueue(LoadRequest("urgent", "urgent", priority=Priority.CRITICAL))
+    assert queue.next() is not None
+    assert low is not None
+    clock.now += silence
+    with thread(lambda: queue.give_way(low)) as result:
+        if not silence:
+            wait_until_waiting(queue._calm)
+            clock.now += 0.6
+        result()
+
+
+@pytest.mark.parametrize("is_by_name", [False, True])
+def test_what_becomes_critical_on_its_way_is_waited_for_and_waits_no_longer(is_by_name: bool) -> None:
+    queue = Scheduler(SchedulerConfig())
+    first, second = queue.enqueue_many(LoadRequest(name, name, priority=Priority.LOW) for name in "ab")
+    pieces = [queue.next(), queue.next()]
+    assert pieces[0] is not None
+    assert pieces[1] is not None
+    queue.move(first, Priority.CRITICAL)
+    with thread(lambda: queue.give_way(pieces[1])) as result:
+        wait_until_waiting(queue._calm)
+        queue.update_priority("a", Priority.LOW) if is_by_name else queue.move(first, Priority.LOW)
+        result()
+    assert second.priority is Priority.LOW
+
+
+def test_what_is_measured_while_some_give_way_teaches_the_controller_nothing() -> None:
+    clock = Clock()
+    queue, listener = listened(2, clock)
+    queue.enqueue_many(LoadRequest(name, name, priority=Priority.LOW) for name in "abc")
+    low, _ = drain(queue)
+    queue.enqueue(LoadRequest("urgent", "urgent", priority=Priority.CRITICAL))
+    queue._controller.most = 3  # type: ignore[attr-defined]
+    assert len(drain(queue)) == 1
+    clock.now += 0.3
+    queue.record(1000, low)
+    assert [interval.saturated for interval in listener.intervals] == [False]
+
+
+def test_the_longest_pieces_of_a_slow_connection_take_a_second() -> None:
+    clock = Clock()
+    queue = scheduler(clock, monitor_bandwidth=True, chunk_size=1 << 20)
+    fragment = queue.enqueue(part_of("a", 0, 8 << 20, validator=PINNED))
+    first = queue.next()
+    assert first is not None
+    assert first.byte_range.length == 256 * 1024  # nothing is known yet
+    queue.monitor.record(200_000, 1.0)
+    second = queue.next()
+    assert second is not None
+    assert 190_000 <= second.byte_range.length <= 200_000
+    queue.monitor.record(1 << 40, 100.0)
+    third = queue.next()
+    assert third is not None
+    assert second.byte_range.stop == third.byte_range.start
+    assert (1 << 20) * 0.9 <= third.byte_range.length <= 1 << 20
+    queue.settle(fragment, success=False)
+
+
 # --- everything at once
 
 
@@ -799,7 +899,7 @@ class Machine(RuleBasedStateMachine):
                 self.given[part.fragment].remove(part.byte_range)
                 self.queue.extend(part.fragment, [part.byte_range])
             elif stop < wanted.stop:
-                self.queue.extend(part.fragment, self.queue.cut(RangeRequest(stop, wanted.stop)))
+                self.queue.extend(part.fragment, [RangeRequest(stop, wanted.stop)], whole=False)
 
     @precondition(lambda self: self.fragments)
     @rule(which=st.integers(0, 100))
