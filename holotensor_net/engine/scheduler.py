@@ -251,8 +251,8 @@ class Scheduler:
             if self._closed or fragment.state is _SETTLED:
                 return
             self._drop(fragment)
-            pieces = deque(piece for byte_range in rest for piece in self.cut(byte_range))
-            fragment.state = Plan(pieces, stop) if pieces else None
+            left = deque(rest)
+            fragment.state = Plan(left, stop) if left else None
             self._put(fragment, alone=True, whole=whole)
 
     # -- out
@@ -523,7 +523,7 @@ class Scheduler:
     def _take_range(self, fragment: PrioritizedFragment) -> RangeRequest:
         plan = self._plan(fragment)
         wanted = plan.pending.popleft()
-        if not plan.whole and wanted.length:
+        if not plan.whole and wanted.length and not self._is_short(fragment):  # shorts are joined as they are
             first = next(split(wanted, self._piece_size()))
             if first.stop < wanted.stop:
                 plan.pending.appendleft(RangeRequest(first.stop, wanted.stop))

@@ -815,6 +815,15 @@ def test_what_is_measured_while_some_give_way_teaches_the_controller_nothing() -
     assert [interval.saturated for interval in listener.intervals] == [False]
 
 
+def test_short_neighbours_are_joined_whole_however_slow_the_path() -> None:
+    queue = scheduler(monitor_bandwidth=True, chunk_size=1 << 20)
+    queue.monitor.record(1000, 1.0)
+    queue.enqueue_many(part_of("a", start, start + 100_000, validator=PINNED) for start in (0, 100_000))
+    (piece,) = drain(queue)
+    assert [part.byte_range for part in piece.parts] == [RangeRequest(0, 100_000), RangeRequest(100_000, 200_000)]
+    assert queue.queue_len == 0
+
+
 def test_the_longest_pieces_of_a_slow_connection_take_a_second() -> None:
     clock = Clock()
     queue = scheduler(clock, monitor_bandwidth=True, chunk_size=1 << 20)
