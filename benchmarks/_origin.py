@@ -134,7 +134,7 @@ def _nginx(root: Path, work: Path, cap: int, most: int | None, namespace: str, h
         port=port,
         cap=cap,
         commit=COMMIT,
-        zone="limit_conn_zone $server_name zone=all:1m;" if most else "",
+        zone="limit_conn_zone $server_port zone=all:1m;" if most else "",
         refuse=f"limit_conn all {most}; limit_conn_status 429;" if most else "",
     )
     (work / "nginx.conf").write_text(settings)

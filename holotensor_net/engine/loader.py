@@ -24,8 +24,8 @@ from .streaming import StreamingLoader
 __all__ = ["LoaderStats", "NetworkLoader"]
 
 
-_GATHERING = 0.02
-"""Seconds for which what is enqueued together is gathered before it is begun with: about a round trip."""
+_GATHERING = 0.1
+"""Seconds for which what is enqueued together is gathered before it is begun with: a thousand fragments or so."""
 
 
 @dataclass(frozen=True, slots=True)
