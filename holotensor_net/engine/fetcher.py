@@ -159,9 +159,9 @@ class Fetcher:
             load = self._books.open(request, held, now, whole=len(self._rangeless) == len(self._clients))
             load.may_resume = may_resume and not load.whole
             future = self._wait_for(load, request, now, shared)
-        if load.is_repeated and self._is_there(load):
-            return future
         try:
+            if load.is_repeated and self._is_there(load):
+                return future
             # One piece, for the worker that is to find out how much of it is left.
             in_one = load.whole or load.may_resume
             self._scheduler.push(load.fragment, alone=held is not None or in_one, whole=in_one)
@@ -263,7 +263,7 @@ class Fetcher:
         # Future and waiter would hold each other, and so the bytes, until garbage is collected.
         waiter.future.add_done_callback(partial(_ended, weakref.ref(self), weakref.ref(waiter)))
         if until is not None:
-            self._alarms.at(until, waiter, self._overdue)
+            waiter.alarm = self._alarms.at(until, waiter, self._overdue)
         return waiter.future
 
     def _overdue(self, waiter: Waiter) -> None:
@@ -279,10 +279,15 @@ class Fetcher:
                 return False
             is_dropped = not load.waiters
             if is_dropped:
-                self._books.close(load)
+                _, ending = self._books.close(load)
+                idle = self._idle_races()
         if is_dropped:
             self._scheduler.settle(load.fragment, success=False)
         self._answer(waiter, error)
+        if is_dropped:
+            for race in idle:
+                race.stop()
+            ending()
         return True
 
     def _resolve(self, load: Load, outcome: LoadSuccess | NetworkError) -> None:
@@ -290,13 +295,24 @@ class Fetcher:
         with self._lock:
             if load.done:
                 return
-            waiters = self._books.close(load)
+            waiters, ending = self._books.close(load)
+            idle = self._idle_races()
         self._scheduler.settle(load.fragment, success=isinstance(outcome, LoadSuccess))
         for waiter in waiters:
             self._answer(waiter, outcome)
+        for race in idle:
+            race.stop()
+        ending()
+
+    def _idle_races(self) -> list[Race]:
+        """The pieces on their way that nobody wants any more: they are to be cut, lest a server that is silent holds
+        their connections and their workers. With the lock held."""
+        return [race for race in self._races if race.is_idle]
 
     def _answer(self, waiter: Waiter, outcome: LoadSuccess | NetworkError) -> None:
         """Tell one who waits. Whoever took it off the load's list calls this, and so nobody else."""
+        if waiter.alarm is not None:
+            self._alarms.cancel(waiter.alarm)
         duration = self._clock() - waiter.since
         name = waiter.fragment_id
         if isinstance(outcome, LoadSuccess):
@@ -310,7 +326,7 @@ class Fetcher:
 
     def _spawn(self) -> None:
         """Have as many workers as the scheduler wants, the limit at most."""
-        if self._workers >= self._scheduler.limit:  # a glance: whoever leaves looks for what was queued meanwhile
+        if self._workers >= self._scheduler.crew:  # a glance: whoever leaves looks for what was queued meanwhile
             return
         with self._lock:
             if self._closing.is_set() or not self._scheduler.queue_len:
@@ -379,19 +395,22 @@ class Fetcher:
         if resumed is None:
             self._scheduler.restart(load.fragment, whole=load.whole)
             return
+        attempt = Attempt(
+            endpoint=resumed.endpoint if load.request.checksum is None else None,
+            head=resumed.head,
+            wanted=resumed.wanted,
+            missing=sum(part.length for part in resumed.missing),
+            destination=resumed.destination,
+            is_resumed=True,
+        )
         with self._lock:
-            if load.done:
-                resumed.destination.keep()
-                return
-            load.attempt = Attempt(
-                endpoint=resumed.endpoint if load.request.checksum is None else None,
-                head=resumed.head,
-                wanted=resumed.wanted,
-                missing=sum(part.length for part in resumed.missing),
-                destination=resumed.destination,
-                is_resumed=True,
-            )
-        self._scheduler.restart(load.fragment, rest=resumed.missing, stop=resumed.wanted.stop)
+            is_wanted = not load.done
+            if is_wanted:
+                load.attempt = attempt
+        if is_wanted:
+            self._scheduler.restart(load.fragment, rest=resumed.missing, stop=resumed.wanted.stop)
+        else:
+            resumed.destination.keep()
 
     def _begin(self, piece: Piece) -> list[Share]:
         """What a piece does for loads that still want it."""
@@ -472,6 +491,8 @@ class Fetcher:
             race.end()
             with self._lock:
                 self._races.discard(race)
+            if race.alarm is not None:
+                self._alarms.cancel(race.alarm)
         self._time(race)
         return endpoint, answer
 
@@ -508,9 +529,9 @@ class Fetcher:
             if wanted is None or race.ask.held is not None or race.ask.allow_short or not self._may_hedge:
                 return
             pause = self._hedging.begin(race.endpoint, wanted.length)
-        if pause is not None:
-            race.pause = pause
-            self._alarms.at(race.began + pause, race, self._is_slow)
+            if pause is not None:
+                race.pause = pause
+                race.alarm = self._alarms.at(race.began + pause, race, self._is_slow)
 
     def _time(self, race: Race) -> None:
         """Learn from how long the first of a race took, were it cut or not."""
@@ -534,8 +555,8 @@ class Fetcher:
                 self._second_at[second] += 1
                 self._executor.submit(self._hedge, race, second, ask)
                 return
-        race.pause *= 2
-        self._alarms.at(now + race.pause, race, self._is_slow)
+            race.pause *= 2
+            race.alarm = self._alarms.at(now + race.pause, race, self._is_slow)
 
     def _second(self, race: Race) -> int | None:
         """Whom to ask for a piece that is slow. With the lock held."""
@@ -681,11 +702,10 @@ class Fetcher:
             if attempt.destination is None and not attempt.abandoned:
                 attempt.destination, attempt.is_open_ended = made, is_open_ended
                 attempt.head, attempt.wanted, attempt.missing = head, wanted, wanted.length
-            else:
-                made.discard()
-            if attempt.destination is None or attempt.wanted is None:
-                return None
-            return attempt.wanted, attempt.destination
+            wanted, destination = attempt.wanted or wanted, attempt.destination
+        if destination is not made:
+            made.discard()
+        return None if destination is None else (wanted, destination)
 
     def _arrived(self, shares: list[Share], answer: Answer, endpoint: int) -> None:
         """A piece is there: see what each of its loads still lacks."""
@@ -697,16 +717,20 @@ class Fetcher:
         for share in shares:
             if share not in complete:
                 self._settle(share, answer)
-                with self._lock:
-                    share.attempt.leave()
+                self._leave(share)
         size = sum(share.attempt.wanted.length for share in complete if share.attempt.wanted is not None)
         with self._relieved() if size >= _WORTH_RELIEF else contextlib.nullcontext():
             for share in complete:
                 try:
                     self._complete(share, answer, endpoint)
                 finally:
-                    with self._lock:
-                        share.attempt.leave()
+                    self._leave(share)
+
+    def _leave(self, share: Share) -> None:
+        """A piece has ended for this load; whoever is the last to leave an attempt that was given up tidies up."""
+        with self._lock:
+            ending = share.attempt.leave()
+        ending()
 
     def _settle(self, share: Share, answer: Answer) -> None:
         """What a piece has brought will not change any more, if others may add to it."""
@@ -828,10 +852,11 @@ class Fetcher:
                 or (_asks_for_silence(error) and self._alternative(shares, endpoint) is not None)
             )
             self._changed.notify_all()
-            for share in shares:
-                share.attempt.leave()
         for share in shares:
-            self._recover(share, error, endpoint, shared=len(shares) > 1, outage=outage)
+            try:
+                self._recover(share, error, endpoint, shared=len(shares) > 1, outage=outage)
+            finally:
+                self._leave(share)
 
     def _report(self, endpoint: int, error: NetworkError) -> bool:
         """Tell the routes how an endpoint did; True if its loads should wait for it. With the lock held."""
@@ -926,7 +951,8 @@ class Fetcher:
         return True
 
     def _restart(self, load: Load) -> None:
-        """Begin a load anew. With the lock held."""
+        """Begin a load anew. With the lock held; the piece that this is about has not left the attempt yet, and tidies
+        up when it does."""
         load.attempt.abandon()
         load.attempt = Attempt()
         self._scheduler.restart(load.fragment, whole=load.whole)

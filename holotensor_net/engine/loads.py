@@ -5,12 +5,14 @@ Nothing here waits, reads or writes; the owner's lock guards it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ..errors import NetworkError
 from ..transport.digests import Digest
 from ..values import HeadInfo, LoadRequest, LoadResult, RangeRequest, Validator
+from .alarms import Alarm
 from .priority import PrioritizedFragment
 from .request_cache import Destination, Found
 from .scheduler import Part
@@ -42,25 +44,30 @@ class Attempt:
     is_resumed: bool = False
     is_sound: bool = True
 
-    def leave(self) -> None:
-        """A piece has ended, and what came of it. Under the fetcher's lock."""
+    def leave(self) -> Callable[[], None]:
+        """A piece has ended, and what came of it. Under the fetcher's lock; what it gives is to be called without."""
         self.in_flight -= 1
-        self.discard_if_idle()
+        return self._ending()
 
-    def abandon(self, *, keep: bool = False) -> None:
-        """Nothing of it is wanted any more, but perhaps to go on with later. Under the fetcher's lock."""
+    def abandon(self, *, keep: bool = False) -> Callable[[], None]:
+        """Nothing of it is wanted any more, but perhaps to go on with later. Under the fetcher's lock; what it gives is
+        to be called without."""
         self.abandoned = True
         self.is_sound = self.is_sound and keep
-        self.discard_if_idle()
+        return self._ending()
 
-    def discard_if_idle(self) -> None:
-        # Not while a piece is still being written: its file descriptor must not become another file's.
-        if self.abandoned and not self.in_flight and self.destination is not None:
-            if self.is_sound:
-                self.destination.keep()
-            else:
-                self.destination.discard()
-            self.destination = None
+    def _ending(self) -> Callable[[], None]:
+        """What there is to do about its destination. Nothing while a piece is still being written: its file descriptor
+        must not become another file's."""
+        destination = self.destination
+        if destination is None or not self.abandoned or self.in_flight:
+            return _nothing
+        self.destination = None
+        return destination.keep if self.is_sound else destination.discard
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +108,7 @@ class Load:
 @dataclass(eq=False)
 class Waiter:
     """A caller: which request it made, when, until when it waits, and the future that it holds. ``is_shared``: others
-    who ask for the same may be given that future too."""
+    who ask for the same may be given that future too. ``alarm``: that of its deadline."""
 
     load: Load
     request: LoadRequest
@@ -109,6 +116,7 @@ class Waiter:
     until: float | None
     is_shared: bool
     future: Future[LoadResult] = field(default_factory=Future)
+    alarm: Alarm | None = None
 
     @property
     def fragment_id(self) -> str:
@@ -175,10 +183,10 @@ class Books:
         self._forget_name(waiter.load, waiter.fragment_id)
         return True
 
-    def close(self, load: Load) -> list[Waiter]:
-        """Strike a load out; gives those who are to be told."""
+    def close(self, load: Load) -> tuple[list[Waiter], Callable[[], None]]:
+        """Strike a load out; gives those who are to be told, and what is then to be called without the lock."""
         load.done = True
-        load.attempt.abandon(keep=True)
+        ending = load.attempt.abandon(keep=True)
         identity = _identity(load.request)
         del self._loads[identity]
         self._ended[identity] = None
@@ -187,7 +195,7 @@ class Books:
         waiters, load.waiters = load.waiters, []
         for waiter in waiters:
             self._forget_name(load, waiter.fragment_id)
-        return waiters
+        return waiters, ending
 
     def _forget_name(self, load: Load, name: str) -> None:
         """Let a load go by this name no longer, unless somebody else calls it so."""

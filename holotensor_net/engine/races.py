@@ -9,6 +9,7 @@ from ..errors import ProtocolError
 from ..transport.client import Answer, Ask
 from ..transport.sockets import Interrupt
 from ..values import RangeRequest
+from .alarms import Alarm
 from .loads import Share
 
 __all__ = ["Private", "Prize", "Race"]
@@ -48,7 +49,8 @@ class Race:
 
     Only the first writes to the destination, on the thread that began the piece; the second has a place of its own.
     If the second has everything, and it is verified, the first is cut; its thread then takes what the second brought
-    in place of its own. ``pause``: seconds until the piece is looked at (again). The lock guards the outcome.
+    in place of its own. ``pause``: seconds until the piece is looked at (again), by ``alarm``. The lock guards the
+    outcome.
     """
 
     shares: list[Share]
@@ -57,6 +59,7 @@ class Race:
     began: float
     headed: float | None = None
     pause: float = 0.0
+    alarm: Alarm | None = None
     first: Interrupt = field(default_factory=Interrupt)
     second: Interrupt = field(default_factory=Interrupt)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -83,6 +86,11 @@ class Race:
             prize, self._prize = self._prize, None
         self.second.fire()
         return prize
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody wants the piece any more. Under the fetcher's lock."""
+        return all(share.attempt.abandoned for share in self.shares)
 
     def stop(self) -> None:
         """Cut both."""

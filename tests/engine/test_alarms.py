@@ -81,3 +81,40 @@ def test_closing_ends_every_wait(alarms: Alarms) -> None:
     assert "test-alarms" not in [thread.name for thread in threading.enumerate()]
     alarms.at(time.monotonic(), subject, lambda _: pytest.fail("it rang"))
     assert "test-alarms" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_what_is_cancelled_does_not_ring_and_holds_nothing(alarms: Alarms) -> None:
+    rung: SimpleQueue[int] = SimpleQueue()
+    subject, now = Subject(), time.monotonic()
+    set_up = [alarms.at(now + 0.02 + number / 1e5, subject, lambda _, n=number: rung.put(n)) for number in range(100)]  # type: ignore[misc]
+    for alarm in set_up[:99]:
+        alarms.cancel(alarm)
+        alarms.cancel(alarm)
+    assert len(alarms._times) < 4
+    assert rung.get(timeout=NEVER) == 99
+    alarms.cancel(set_up[99])
+    assert rung.empty()
+
+
+def test_the_thread_ends_though_the_time_of_what_was_cancelled_is_far_off(alarms: Alarms) -> None:
+    subject = Subject()
+    alarms.cancel(alarms.at(time.monotonic() + 1e9, subject, lambda _: None))
+    for thread in threading.enumerate():
+        if thread.name == "test-alarms":
+            thread.join(NEVER)
+    assert "test-alarms" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_thread_that_cannot_be_started_is_started_the_next_time(
+    alarms: Alarms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    rung, subject = threading.Event(), Subject()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError):
+            alarms.at(time.monotonic(), subject, lambda _: None)
+    alarms.at(time.monotonic(), subject, lambda _: rung.set())
+    assert rung.wait(NEVER)

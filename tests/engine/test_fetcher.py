@@ -1960,3 +1960,68 @@ def _until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < end, "it never came to that"
         tick.wait(0.002)
+
+
+def test_critical_is_begun_while_all_workers_are_busy_with_less(bench: Callable[..., Bench]) -> None:
+    it = bench(monitor_bandwidth=True, max_concurrent=8)
+    limit = it.scheduler.limit
+    assert limit < 8
+    low = [
+        it.submit(LoadRequest(f"{n}", f"{n}", byte_range=RangeRequest(0, CHUNK), priority=Priority.LOW))
+        for n in range(limit)
+    ]
+    calls = [it.call() for _ in range(limit)]
+    urgent = it.submit(LoadRequest("urgent", "urgent", byte_range=RangeRequest(0, CHUNK), priority=Priority.CRITICAL))
+    call = it.call()
+    assert call.ask.path == "urgent"
+    for one in [call, *calls]:
+        one.answer(OLD)
+    assert {got(future) for future in [urgent, *low]} == {OLD[:CHUNK]}
+
+
+def test_a_piece_that_nobody_wants_any_more_is_cut_though_its_server_is_silent(tmp_path: Path) -> None:
+    with Wire([HOLD], answer(OLD)) as server:
+        config = NetworkConfig(
+            endpoints=(CdnEndpoint(server.url, proxies={}),), cache_dir=False, max_concurrent=1, timeout=60.0
+        )
+        with NetworkLoader(config) as loader:
+            future = loader.enqueue(LoadRequest("silent", "silent"))
+            server.await_requests(1)
+            assert loader.cancel("silent")
+            server.await_closed()
+            assert isinstance(future.result(0).error, Cancelled)
+            assert bytes(loader.load(LoadRequest("next", "next", deadline=NEVER)).data) == OLD
+
+
+def test_no_lock_is_held_while_what_was_given_up_is_deleted(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = bench()
+    held: queue.Queue[bool] = queue.Queue()
+    discard = MemoryPart.discard
+
+    def watched(part: MemoryPart) -> None:
+        is_free = it.fetcher._lock.acquire(timeout=0.5)
+        held.put(not is_free)
+        if is_free:
+            it.fetcher._lock.release()
+        discard(part)
+
+    monkeypatch.setattr(MemoryPart, "discard", watched)
+    long = LoadRequest("id", "file", byte_range=RangeRequest(0, CHUNK))
+    future = it.submit(long)
+    it.call().fail(ObjectChanged("for a test"), after=OLD[:100])
+    assert held.get(timeout=NEVER) is False
+    call = it.call()
+    call.fail(ProtocolError("for a test"), after=OLD[:100])
+    assert future.result(NEVER).error is not None
+    assert held.get(timeout=NEVER) is False
+
+
+def test_the_alarm_of_a_deadline_ends_with_its_load(bench: Callable[..., Bench]) -> None:
+    it = bench()
+    future = it.submit(pinned(CHUNK, deadline=3600.0))
+    assert len(it.fetcher._alarms._times) == 1
+    it.call().answer(OLD)
+    assert got(future) == OLD[:CHUNK]
+    assert it.fetcher._alarms._times == []
