@@ -35,7 +35,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     2: ("transport/client", "storage/entries", "storage/disk", "storage/cache", "storage/results", "engine/scheduler"),
     3: (
-        *("engine/request_cache", "engine/sinks", "engine/loads", "engine/races", "engine/fetcher"),
+        *("engine/request_cache", "engine/sinks", "engine/loads", "engine/races"),
+        *("engine/recovery", "engine/fetcher"),
         *("stream_cache/tiers", "stream_cache/cache"),
     ),
     4: ("engine/loader", "engine/streaming", "storage/library"),
@@ -59,7 +60,12 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("storage/files",), ("storage/journal",), ("storage/parts",), ("storage/blobs",)),
     (("storage/entries",), ("storage/disk",), ("storage/cache",)),
     (("engine/streaming",), ("engine/loader",)),
-    (("engine/request_cache",), ("engine/sinks", "engine/loads"), ("engine/races",), ("engine/fetcher",)),
+    (
+        ("engine/request_cache",),
+        ("engine/sinks", "engine/loads"),
+        ("engine/races", "engine/recovery"),
+        ("engine/fetcher",),
+    ),
     (("stream_cache/keys",), ("stream_cache/functions",)),
     (("stream_cache/tiers",), ("stream_cache/cache",)),
     (("model/importance", "model/sources"), ("model/remote", "model/publish")),

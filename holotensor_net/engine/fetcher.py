@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import enum
 import logging
 import threading
 import time
@@ -22,15 +21,12 @@ from functools import partial
 
 from ..config import NetworkConfig
 from ..errors import (
-    CacheError,
     Cancelled,
     ChecksumMismatch,
-    ConnectionFailed,
     DeadlineExceeded,
     HttpError,
     NetworkError,
     ObjectChanged,
-    RangeNotSupported,
     RateLimited,
     RetriesExhausted,
     Timeout,
@@ -56,6 +52,7 @@ from .hedging import Hedging, Versions
 from .loads import Attempt, Books, Fragment, Load, Share, Waiter
 from .priority import PrioritizedFragment
 from .races import Private, Prize, Race
+from .recovery import Again, Gone, Moved, Recovery, is_failing, silence_of, summary
 from .request_cache import Destination, Found, RequestCache, Resumed, contradicts
 from .routes import Routes, is_bad_answer, is_unreachable
 from .scheduler import Piece, Scheduler
@@ -85,18 +82,6 @@ class FetcherStats:
     confirmed_bytes: int
 
 
-class _Again(enum.Enum):
-    """What to ask for once more after a failure."""
-
-    NOTHING = enum.auto()
-    PIECE = enum.auto()
-    ALL = enum.auto()
-
-
-class _Moved(ObjectChanged):
-    """The endpoint of a load is gone, and nothing proves that the next one has the same bytes."""
-
-
 class Fetcher:
     """Runs loads on a pool of threads whose size follows the scheduler's limit.
 
@@ -123,7 +108,8 @@ class Fetcher:
         self._races: set[Race] = set()
         self._second_at = Counter[int]()  # how many requests are at each endpoint besides
         self._may_hedge = len(config.endpoints) > 1 if config.hedging is None else config.hedging
-        self._rangeless = {i for i, endpoint in enumerate(config.endpoints) if not endpoint.supports_range}
+        rangeless = {index for index, endpoint in enumerate(config.endpoints) if not endpoint.supports_range}
+        self._recovery = Recovery(len(config.endpoints), rangeless)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # routes changed
         self._books = Books()
@@ -156,7 +142,7 @@ class Fetcher:
             load = self._books.find(request)
             if load is not None:
                 return self._join(load, request, now, shared)
-            load = self._books.open(request, held, now, whole=len(self._rangeless) == len(self._clients))
+            load = self._books.open(request, held, now, whole=self._recovery.is_without_ranges)
             load.may_resume = may_resume and not load.whole
             future = self._wait_for(load, request, now, shared)
         try:
@@ -216,7 +202,7 @@ class Fetcher:
                 raise
             except NetworkError as error:
                 failures.append(error)
-        raise _summary(failures)
+        raise summary(failures)
 
     def stats(self) -> FetcherStats:
         with self._lock:
@@ -423,26 +409,19 @@ class Fetcher:
                     shares.append(Share(load, load.attempt, part))
             return shares
 
-    def _excluded(self, load: Load) -> set[int]:
-        """The endpoints that are not to be asked for a load. With the lock held."""
-        return load.tried if load.whole else load.tried | self._rangeless
-
     def _alternative(self, shares: list[Share], endpoint: int) -> int | None:
         """Another endpoint that may be asked and is well, if there is one. With the lock held."""
-        excluded = set().union(*(self._excluded(share.load) for share in shares))
+        excluded = set().union(*(self._recovery.excluded(share.load) for share in shares))
         return self._routes.other(endpoint, excluded, self._clock())
 
     def _choose(self, shares: list[Share]) -> int:
         """The endpoint to ask, once there is one. Raises what all of them suffer from."""
         patience = self._patience(shares)
-        held = shares[0].load.held
         with self._lock:
             while True:
-                excluded = set().union(*(self._excluded(share.load) for share in shares))
+                excluded = set().union(*(self._recovery.excluded(share.load) for share in shares))
                 choice = self._routes.choose(excluded, self._clock(), keep=self._home(shares[0].load))
                 if isinstance(choice, int):
-                    if held is not None and held.endpoint != choice:
-                        shares[0].load.held = None  # only the endpoint that gave a validator can confirm it
                     return choice
                 if isinstance(choice, NetworkError):
                     raise copy.copy(choice)
@@ -505,15 +484,17 @@ class Fetcher:
         with self._lock:
             moved = attempt.endpoint is not None and attempt.endpoint != endpoint
             if moved and not load.is_provable:
-                raise _Moved("another endpoint may have another version")
+                raise Moved("another endpoint may have another version")
             attempt.endpoint = endpoint
             attempt.asked_at = attempt.asked_at or self._cache.now()
+            # Only the endpoint that gave a validator can confirm it.
+            held = load.held if load.held is not None and load.held.endpoint == endpoint else None
             return Ask(
                 path=request.path,
                 byte_range=None if load.whole else wanted,
                 size=attempt.head.size if attempt.head is not None else _known_size(request),
                 pinned=None if moved and request.checksum is not None else load.version,
-                held=load.held.entry.validator if load.held is not None and attempt.head is None else None,
+                held=held.entry.validator if held is not None and attempt.head is None else None,
                 allow_short=request.allow_short,
                 or_whole=is_all,
             )
@@ -702,6 +683,13 @@ class Fetcher:
             if attempt.destination is None and not attempt.abandoned:
                 attempt.destination, attempt.is_open_ended = made, is_open_ended
                 attempt.head, attempt.wanted, attempt.missing = head, wanted, wanted.length
+            held = load.held
+            if (
+                held is not None
+                and held.endpoint == attempt.endpoint
+                and contradicts(head.validator, held.head.validator)
+            ):
+                load.held = None  # replaced, whatever becomes of the new version
             wanted, destination = attempt.wanted or wanted, attempt.destination
         if destination is not made:
             made.discard()
@@ -811,7 +799,7 @@ class Fetcher:
         assert load.held is not None
         data = self._cache.confirm(load.held, answer.head, load.request, asked_at=load.attempt.asked_at)
         if data is None:
-            raise CacheError("the cached bytes are gone")
+            raise Gone("the cached bytes are gone")
         with self._lock:
             self._confirmed_bytes += len(data)
         return LoadSuccess(load.request.fragment_id, data, from_cache=True, head=self._cache.told(load.held))
@@ -849,7 +837,7 @@ class Fetcher:
         with self._lock:
             outage = endpoint is not None and (
                 self._report(endpoint, error)
-                or (_asks_for_silence(error) and self._alternative(shares, endpoint) is not None)
+                or (silence_of(error) > _SHORTER_THAN_TO_MOVE and self._alternative(shares, endpoint) is not None)
             )
             self._changed.notify_all()
         for share in shares:
@@ -879,76 +867,23 @@ class Fetcher:
         with self._lock:
             if load.done or share.attempt.abandoned:
                 return  # another piece of it has failed before, and has been seen to
-            again = self._what_again(share, error, endpoint, shared or outage)
-            if again is _Again.PIECE:
+            # A passing one: the endpoint comes back; or another of joined ranges is to blame, so each is asked alone.
+            again = self._recovery.again(load, error, endpoint, is_passing=shared or outage, now=self._clock())
+            if again is Again.PIECE:
                 self._scheduler.extend(load.fragment, [share.part.byte_range])
-            elif again is _Again.ALL:
+            elif again is Again.ALL:
                 self._restart(load)
-        if again is _Again.NOTHING:
+        if again is Again.NOTHING:
             is_final = isinstance(error, Cancelled | DeadlineExceeded)
-            told = error if is_final else _summary(load.failures)
-            self._resolve(load, self._stale(load, told) or told)
+            self._resolve(load, error if is_final else self._stale(load) or summary(load.failures))
 
-    def _stale(self, load: Load, error: NetworkError) -> LoadSuccess | None:
+    def _stale(self, load: Load) -> LoadSuccess | None:
         """What the cache has of it, where its server fails and has allowed that."""
-        data = self._cache.stale(load.held) if load.held is not None and _is_failing(error) else None
-        if data is None or load.held is None:
+        held = load.held if any(map(is_failing, load.failures)) else None
+        data = self._cache.stale(held, load.request) if held is not None else None
+        if data is None or held is None:
             return None
-        return LoadSuccess(load.request.fragment_id, data, from_cache=True, head=load.held.head)
-
-    def _what_again(self, share: Share, error: NetworkError, endpoint: int | None, is_passing: bool) -> _Again:
-        """What to ask for once more. With the lock held."""
-        load = share.load
-        if isinstance(error, Cancelled):
-            return _Again.NOTHING
-        if isinstance(error, DeadlineExceeded):  # of those who waited when the piece was begun; others may wait still
-            now = self._clock()
-            is_passing = any(waiter.until is None or waiter.until > now for waiter in load.waiters)
-            return _Again.PIECE if is_passing else _Again.NOTHING
-        if is_passing:  # the endpoint comes back; or another of the joined ranges is to blame: ask for each alone
-            return _Again.PIECE
-        if self._begins_again(load, error):
-            return _Again.ALL
-        if not self._goes_elsewhere(load, error, endpoint):
-            return _Again.NOTHING
-        keeps = load.is_provable and not load.whole and not isinstance(error, ChecksumMismatch)
-        return _Again.PIECE if keeps else _Again.ALL
-
-    def _begins_again(self, load: Load, error: NetworkError) -> bool:
-        """Whether to fetch all of it once more from the same endpoint: the disk failed, the object was replaced, or the
-        server knows no ranges. With the lock held."""
-        if isinstance(error, _Moved):
-            return True
-        if isinstance(error, CacheError):
-            first = load.held is not None or not load.in_memory
-            load.in_memory, load.held = load.held is None, None
-            return first
-        if isinstance(error, HttpError) and error.status == 416 and load.attempt.missing:
-            error = ObjectChanged("the server refuses a range that it has begun to send")
-        if isinstance(error, RangeNotSupported):
-            first = load.request.byte_range is None and not load.whole
-            load.whole = load.whole or first
-            return first
-        if isinstance(error, ObjectChanged | ChecksumMismatch):
-            load.restarts += 1
-            if load.restarts > len(self._clients):
-                return False
-            if isinstance(error, ObjectChanged):
-                return load.request.validator is None
-            return len(self._excluded(load)) + 1 >= len(self._clients)
-        return False
-
-    def _goes_elsewhere(self, load: Load, error: NetworkError, endpoint: int | None) -> bool:
-        """Whether there is another endpoint to ask; those without ranges come last. With the lock held."""
-        load.failures.append(error)
-        if endpoint is not None:
-            load.tried.add(endpoint)
-            if len(self._excluded(load)) < len(self._clients):
-                return True
-        if load.whole or not self._rangeless:
-            return False
-        load.whole = True
-        return True
+        return LoadSuccess(load.request.fragment_id, data, from_cache=True, head=held.head)
 
     def _restart(self, load: Load) -> None:
         """Begin a load anew. With the lock held; the piece that this is about has not left the attempt yet, and tidies
@@ -997,18 +932,6 @@ def _is_sealed(share: Share) -> bool:
     return request.checksum is not None and is_all
 
 
-def _is_failing(error: NetworkError) -> bool:
-    """Whether the error says that a server does not do its work, rather than what it has."""
-    last = error.last_error if isinstance(error, RetriesExhausted) else error
-    return isinstance(last, ConnectionFailed | Timeout) or (isinstance(last, HttpError) and last.status >= 500)
-
-
-def _asks_for_silence(error: NetworkError) -> bool:
-    """Whether a server is to be left alone for longer than it takes to ask another."""
-    last = error.last_error if isinstance(error, RetriesExhausted) else error
-    return isinstance(last, RateLimited) and (error.retry_after or 0.0) > _SHORTER_THAN_TO_MOVE
-
-
 def _wanted(request: LoadRequest, head: HeadInfo) -> RangeRequest:
     """The range of the object that a request wants, now that its size is known (or known to be unknown)."""
     wanted, size = request.byte_range, head.size
@@ -1027,13 +950,3 @@ def _known_size(request: LoadRequest) -> int | None:
 
 def _overlap(one: RangeRequest, other: RangeRequest) -> int:
     return max(0, min(one.stop, other.stop) - max(one.start, other.start))
-
-
-def _summary(errors: list[NetworkError]) -> NetworkError:
-    """One error for a load that failed at every endpoint: the error itself, if they all say the same."""
-    last = errors[-1]
-    if len({type(error) for error in errors}) == 1:
-        return last
-    told = "; ".join(f"{error.url or 'an endpoint'}: {error.message}" for error in errors)
-    attempts = sum(error.attempts for error in errors)
-    return RetriesExhausted(attempts, last, f"every endpoint failed: {told}")

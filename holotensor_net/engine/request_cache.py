@@ -142,16 +142,21 @@ class RequestCache:
         return stale
 
     def _is_fresh(self, request: LoadRequest, endpoint: int, entry: CacheEntry) -> bool:
-        """Whether an answer may be used unasked, by what its server said with it or, later, with another part."""
+        """Whether an answer may be used unasked."""
+        freshness = self._freshness(request, endpoint, entry)
+        return freshness is not None and freshness.state(self._clock()) is State.FRESH
+
+    def _freshness(self, request: LoadRequest, endpoint: int, entry: CacheEntry) -> Freshness | None:
+        """What its server said of an answer with it, or later with another part; None if it has another version."""
         freshness = entry.freshness
         latest = self._sightings.get(self._object(request.path, endpoint))
         if latest is not None and latest.received_at >= freshness.response_time:
             if _same(latest.validator, entry.validator):
                 merged = refreshed(freshness.headers, latest.headers)
-                freshness = Freshness(merged, latest.requested_at, latest.received_at)
-            elif contradicts(latest.validator, entry.validator):
-                return False
-        return freshness.state(self._clock()) is State.FRESH
+                return Freshness(merged, latest.requested_at, latest.received_at)
+            if contradicts(latest.validator, entry.validator):
+                return None
+        return freshness
 
     def _saw(self, request: LoadRequest, endpoint: int, validator: Validator, head: HeadInfo, asked_at: float) -> None:
         name = self._object(request.path, endpoint)
@@ -179,9 +184,12 @@ class RequestCache:
             )
         return data
 
-    def stale(self, found: Found) -> memoryview | None:
-        """The bytes of a stale answer whose endpoint fails, if it has allowed that (RFC 5861 §4)."""
-        return self._cache.get(found.key) if found.entry.freshness.may_serve_stale(self._clock()) else None
+    def stale(self, found: Found, request: LoadRequest) -> memoryview | None:
+        """The bytes of a stale answer whose endpoint fails, if it has allowed that (RFC 5861 §4) and has not shown
+        another version since."""
+        freshness = self._freshness(request, found.endpoint, found.entry)
+        is_allowed = freshness is not None and freshness.may_serve_stale(self._clock())
+        return self._cache.get(found.key) if is_allowed else None
 
     def told(self, found: Found) -> HeadInfo:
         """What the network said of a cached answer, latest confirmation included."""

@@ -1872,6 +1872,40 @@ def test_old_bytes_stand_in_for_a_server_that_fails_only_if_it_has_allowed_that(
         assert not serves or bytes(result.data) == OLD[:10]
 
 
+@pytest.mark.parametrize(
+    ("own", "other", "serves"),
+    [
+        (answer(status=500), [RESET], True),
+        ([RESET], answer(status=404), True),
+        (answer(status=404), [RESET], False),
+    ],
+    ids=["500, cut", "cut, 404", "404, cut"],
+)
+def test_old_bytes_stand_in_though_another_endpoint_was_asked_in_vain(
+    load: Callable[..., NetworkLoader], own: wire.Answer, other: wire.Answer, serves: bool
+) -> None:
+    with (
+        Wire(answer(OLD[:10], etag='"v1"', cache_control=ALLOWED), always=own) as server,
+        Wire(always=other) as mirror,
+    ):
+        loader = load(*(CdnEndpoint(url, priority=n) for n, url in enumerate((server.url, mirror.url))))
+        assert bytes(loader.load(LoadRequest("id", "file")).data) == OLD[:10]
+        result = loader.load(LoadRequest("id", "file"))
+        assert (result.is_success, result.from_cache) == (serves, serves)
+        assert mirror.requests
+        assert not serves or bytes(result.data) == OLD[:10]
+
+
+def test_a_version_that_was_seen_to_be_replaced_does_not_stand_in(load: Callable[..., NetworkLoader]) -> None:
+    """The new version is told, and is cut off each time."""
+    cut = [part(NEW, 0, CHUNK, etag='"v2"', cache_control=ALLOWED)[:-100], RESET]
+    first = answer(OLD[:10], etag='"v1"', cache_control=ALLOWED)
+    with Wire(first, cut, always=answer(status=500)) as server:
+        loader = load(server.url)
+        assert loader.load(LoadRequest("id", "file")).is_success
+        assert not loader.load(LoadRequest("id", "file")).is_success
+
+
 def test_new_bytes_that_cannot_be_had_whole_are_no_reason_for_old_ones(load: Callable[..., NetworkLoader]) -> None:
     first = answer(OLD[:10], etag='"v1"', cache_control=ALLOWED)
     with Wire(first, part(NEW, 0, CHUNK, etag='"v2"'), always=answer(status=404)) as server:

@@ -272,7 +272,18 @@ def test_what_is_stale_stands_in_as_long_as_its_server_allowed(
     cache = RequestCache(store, ENDPOINTS, clock=lambda: entry.cached_at + age)
     found = cache.find(REQUEST)
     assert found is not None
-    assert cache.stale(found) == (b"0123456789" if serves else None)
+    assert cache.stale(found, REQUEST) == (b"0123456789" if serves else None)
+
+
+def test_what_is_stale_does_not_stand_in_for_another_version_that_was_seen_since(store: FragmentCache) -> None:
+    head = head_of(cache_control="max-age=0, stale-if-error=60")
+    cache = RequestCache(store, ENDPOINTS)
+    keep(cache, head=head)
+    found = cache.find(REQUEST)
+    assert found is not None
+    assert cache.stale(found, REQUEST) is not None
+    keep(cache, PART, b"2345", head=head_of(V2))
+    assert cache.stale(found, REQUEST) is None
 
 
 # --- where bytes go
