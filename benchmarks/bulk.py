@@ -45,8 +45,8 @@ def compared(
     if rivals:
         best = min(rivals, key=case.median)
         bars.append(Bar(f"faster than {best}", case.ratio(best), at_least=1.5, unit=" ×"))
-    if "curl" in efforts:
-        share = cpu(efforts[OURS]) / cpu(efforts["curl"])
+    if "curl" in efforts and (theirs := cpu(efforts["curl"])):  # a short transfer may cost less than a clock tick
+        share = cpu(efforts[OURS]) / theirs
         bars.append(Bar("processor time, of curl's", share, at_most=1, unit=" ×"))
     if most_memory:
         bars.append(Bar("memory beside", peak(efforts[OURS]) / MIB, at_most=most_memory, unit=" MiB"))

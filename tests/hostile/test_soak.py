@@ -75,7 +75,7 @@ def _soak(seconds: float, addresses: Addresses, folder: Path) -> None:
 
 
 def test_faults_leave_nothing_behind(addresses: Addresses, tmp_path: Path) -> None:
-    _soak(30.0, addresses, tmp_path)
+    _soak(60.0, addresses, tmp_path)
 
 
 @pytest.mark.slow
