@@ -125,7 +125,7 @@ def test_36_a_slow_piece_is_asked_of_the_next_endpoint_too(addresses: Addresses,
     addresses.settle("4-half-of-it")
     addresses.settle(slow.fault)
     assert bytes(result.data) == slow.truth()
-    assert result.duration < 1.5
+    assert result.duration < 2.5  # silence is told at 3
 
 
 def test_37_a_crowd_with_one_wish_makes_one_fetch(addresses: Addresses, tmp_path: Path) -> None:
