@@ -255,7 +255,8 @@ class NetworkConfig:
     endpoints go first among those of equal priority; ``hedging``: ask a second time for what is slow, of the next
     endpoint (None), of the same one where there is no other (True), or never (False); ``min_bandwidth``: below it the
     loader asks its callers to throttle; ``offline``: None takes ``HOLOTENSOR_OFFLINE``; ``memory_budget``: bytes in
-    flight and undelivered.
+    flight and undelivered, and at most as many that are spare: memory that was delivered and let go of, which the next
+    fragments are given, or the system, once it lacks some.
 
     Raises ConfigurationError, naming field and value.
     """

@@ -676,7 +676,7 @@ class Fetcher:
         is_open_ended = head.size is None and (load.request.byte_range is None or load.request.allow_short)
         size = None if is_open_ended else wanted.length
         if load.in_memory:
-            made: Destination = MemoryPart(size)
+            made: Destination = MemoryPart(size, spare=self._config.memory_budget)
         else:
             made = self._cache.destination(size, head, load.request, attempt.endpoint or 0)
         with self._lock:

@@ -71,7 +71,11 @@ class NetworkLoader:
         ceiling = min(self.config.max_concurrent, sum(endpoint.max_connections for endpoint in self.config.endpoints))
         self.scheduler = Scheduler(replace(self.config.scheduler, max_concurrent=ceiling))
         self._requests = RequestCache(
-            self.cache, self.config.endpoints, user_agent=self.config.user_agent, clock=self._wall
+            self.cache,
+            self.config.endpoints,
+            user_agent=self.config.user_agent,
+            spare=self.config.memory_budget,
+            clock=self._wall,
         )
         self._fetcher = Fetcher(self.config, self.scheduler, self._requests)
         self._lock = threading.Lock()  # guards what follows, and whether it is closed

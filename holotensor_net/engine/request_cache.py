@@ -89,8 +89,8 @@ class RequestCache:
     """A FragmentCache, asked in terms of requests to a loader's endpoints.
 
     What a server says with one part of an object holds for all parts of that version: one confirmation does for all,
-    and once another version was seen, no part of the old one counts as fresh. Thread-safe; the lock guards the
-    sightings.
+    and once another version was seen, no part of the old one counts as fresh. ``spare``: bytes of memory that may be
+    kept for later fragments. Thread-safe; the lock guards the sightings.
     """
 
     def __init__(
@@ -99,9 +99,11 @@ class RequestCache:
         endpoints: Sequence[CdnEndpoint],
         *,
         user_agent: str = "",
+        spare: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._cache = cache
+        self._spare = spare
         self._endpoints = endpoints
         self._user_agent = user_agent
         self._url_of = functools.lru_cache(256)(CdnEndpoint.url_of)
@@ -214,7 +216,7 @@ class RequestCache:
             else:
                 if part is not None:
                     return part
-        return MemoryPart(size)
+        return MemoryPart(size, spare=self._spare)
 
     def has_part(self, request: LoadRequest) -> bool:
         """Whether there may be something to resume. That is looked for only if the request may be a long one."""

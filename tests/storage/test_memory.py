@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
+import random
 import threading
 
 import pytest
@@ -10,7 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holotensor_net.errors import NetworkError
+from holotensor_net.storage import memory
 from holotensor_net.storage.memory import MemoryPart
+
+MIB = 1 << 20
+
+reclaims = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="the system would not take spare memory back")
 
 
 @st.composite
@@ -120,3 +128,78 @@ def test_threads_may_write_disjoint_pieces_at_once() -> None:
 def test_more_than_memory_holds_is_refused_in_words(size: int) -> None:
     with pytest.raises(NetworkError, match="there is no memory for"):
         MemoryPart(size)
+
+
+@pytest.fixture
+def spare(monkeypatch: pytest.MonkeyPatch) -> memory._Spare:
+    """What is kept for others, nothing so far."""
+    kept = memory._Spare()
+    monkeypatch.setattr(memory, "_SPARE", kept)
+    return kept
+
+
+def address(part: MemoryPart) -> int:
+    room = part.room(0, 1)
+    assert room is not None
+    return ctypes.addressof(ctypes.c_char.from_buffer(room))
+
+
+@reclaims
+@pytest.mark.parametrize("following", [4 * MIB, 4 * MIB - 5, 3 * MIB])
+def test_memory_that_nobody_looks_into_any_more_is_used_again(spare: memory._Spare, following: int) -> None:
+    part = MemoryPart(4 * MIB, spare=8 * MIB)
+    first = address(part)
+    view = part.view()[MIB:]
+    part.discard()
+    other = MemoryPart(following, spare=8 * MIB)
+    assert address(other) != first
+    del view
+    again = MemoryPart(following, spare=8 * MIB)
+    assert address(again) == first
+    assert len(again.view()) == following
+    with pytest.raises(ValueError, match="beyond the end"):
+        again.write(following, b"x")
+
+
+@reclaims
+def test_what_fits_badly_is_left_for_others(spare: memory._Spare) -> None:
+    MemoryPart(8 * MIB, spare=64 * MIB).discard()
+    MemoryPart(2 * MIB, spare=64 * MIB).discard()
+    MemoryPart(16 * MIB, spare=64 * MIB).discard()
+    assert sorted(map(len, spare._mappings)) == [2 * MIB, 8 * MIB, 16 * MIB]
+
+
+@pytest.mark.parametrize(("most", "kept"), [(0, 0), (2 * MIB - 1, 0), (7 * MIB, 3), (1000 * MIB, 5)])
+def test_no_more_is_kept_than_may_be(spare: memory._Spare, most: int, kept: int) -> None:
+    parts = [MemoryPart(2 * MIB, spare=most) for _ in range(5)]
+    for part in parts:
+        part.discard()
+    assert len(spare._mappings) == (kept if hasattr(mmap, "MADV_FREE") else 0)
+
+
+@pytest.mark.usefixtures("spare")
+def test_bytes_that_are_held_never_change_whoever_is_given_memory() -> None:
+    def work(number: int) -> None:
+        chance = random.Random(number)
+        held: list[tuple[memoryview, int]] = []
+        for turn in range(150):
+            part = MemoryPart(chance.randrange(MIB, 3 * MIB), spare=6 * MIB)
+            mark = (turn * 8 + number) % 251
+            last = len(part.view()) - 1
+            for offset in (0, last // 2, last):
+                part.write(offset, bytes([mark]))
+            held.append((part.view()[last // 2 :], mark))
+            if len(held) > 4:
+                view, said = held.pop(chance.randrange(5))
+                if (view[0], view[-1]) != (said, said):
+                    wrong.append((number, turn))
+        wrong.extend((number, -1) for view, said in held if (view[0], view[-1]) != (said, said))
+
+    wrong: list[tuple[int, int]] = []
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
