@@ -90,7 +90,10 @@ class NetworkLoader:
 
     def load(self, request: LoadRequest) -> LoadResult:
         """The fragment, or why there is none; waits for it, up to its deadline."""
-        future = self.enqueue(request, shared=False)
+        answer = self._at_once(request)
+        if isinstance(answer, LoadSuccess | LoadFailure):
+            return answer
+        future = self._fetcher.submit(request, answer, shared=False, at_once=True)
         try:
             return future.result()
         except BaseException:
@@ -117,17 +120,21 @@ class NetworkLoader:
         return self._enqueue(request, shared=shared, at_once=True)
 
     def _enqueue(self, request: LoadRequest, *, shared: bool, at_once: bool) -> Future[LoadResult]:
-        if self._closed:
-            raise Cancelled("the loader is closed: make a new one")
-        try:
-            answer = self._from_cache(request)
-        except NetworkError as error:  # a path that cannot be asked for
-            answer = LoadFailure(request.fragment_id, error)
+        answer = self._at_once(request)
         if answer is None or isinstance(answer, Found):
             return self._fetcher.submit(request, answer, shared=shared, at_once=at_once)
         future: Future[LoadResult] = Future()
         future.set_result(answer)
         return future
+
+    def _at_once(self, request: LoadRequest) -> LoadSuccess | LoadFailure | Found | None:
+        """What can be said without the network: a result, or what the network may confirm."""
+        if self._closed:
+            raise Cancelled("the loader is closed: make a new one")
+        try:
+            return self._from_cache(request)
+        except NetworkError as error:  # a path that cannot be asked for
+            return LoadFailure(request.fragment_id, error)
 
     def enqueue_many(self, requests: Iterable[LoadRequest]) -> list[Future[LoadResult]]:
         """A future for each request, in their order. The first ones wait a moment for neighbours to be joined with."""

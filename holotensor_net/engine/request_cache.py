@@ -133,7 +133,7 @@ class RequestCache:
         stale: Found | None = None
         for index in range(len(self._endpoints)):
             key = self.key(request, index)
-            entry = self._cache.get_entry(key)
+            entry = self._cache.find(key)
             if entry is None or not _fits(request, entry):
                 continue
             if request.checksum is None and entry.variant != self._variant(index, entry.freshness.varies_on):
@@ -170,14 +170,14 @@ class RequestCache:
 
     def data(self, found: Found) -> memoryview | None:
         """The bytes of a cached answer; None if they are gone or damaged."""
-        return self._cache.get(found.key)
+        return self._cache.get(found.key, found.entry)
 
     def confirm(
         self, found: Found, head: HeadInfo, request: LoadRequest | None = None, *, asked_at: float | None = None
     ) -> memoryview | None:
         """The bytes of a stale answer whose endpoint has just said that they still hold (304); None if they are gone,
         or the endpoint spoke of others. With the ``request``, it holds for other parts of the object too."""
-        data = self._cache.get(found.key)
+        data = self._cache.get(found.key, found.entry)
         if not self._cache.revalidated(found.key, head.headers, requested_at=asked_at):
             return None
         if request is not None:
@@ -191,11 +191,11 @@ class RequestCache:
         another version since."""
         freshness = self._freshness(request, found.endpoint, found.entry)
         is_allowed = freshness is not None and freshness.may_serve_stale(self._clock())
-        return self._cache.get(found.key) if is_allowed else None
+        return self._cache.get(found.key, found.entry) if is_allowed else None
 
     def told(self, found: Found) -> HeadInfo:
         """What the network said of a cached answer, latest confirmation included."""
-        entry = self._cache.get_entry(found.key)
+        entry = self._cache.find(found.key)
         return found.head if entry is None else replace(found, entry=entry).head
 
     def destination(

@@ -71,6 +71,7 @@ class BlobStore:
 
     def __init__(self, root: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.root = Path(root)
+        self._blobs = str(self.root / "blobs")
         self._clock = clock
         self._stamps: dict[str, int] = {}
         self._mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
@@ -92,7 +93,7 @@ class BlobStore:
         return self._open(digest, size, set()) is not None
 
     def _open(self, digest: str, size: int, trusted: set[int | None]) -> memoryview | None:
-        path = self.path_of(digest)
+        path = self._place(digest)
         with translated("read", self.root):
             try:
                 with opened(path) as (fd, status):
@@ -106,7 +107,7 @@ class BlobStore:
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
-        self.set_aside(path)
+        self.set_aside(Path(path))
         return None
 
     def create(self, size: int | None, *, subject: str = "", note: Mapping[str, Any] | None = None) -> PartFile:
@@ -192,7 +193,7 @@ class BlobStore:
         """Every blob's digest and size in bytes, in no order."""
         with translated("look for blobs", self.root):
             for folder in scan(self.root / "blobs"):
-                for item in scan(Path(folder.path)):
+                for item in scan(folder.path):
                     if _DIGEST.fullmatch(item.name):
                         with contextlib.suppress(FileNotFoundError):
                             yield item.name, item.stat(follow_symlinks=False).st_size
@@ -200,7 +201,7 @@ class BlobStore:
     def has(self, digest: str, size: int) -> bool:
         """Whether there is a blob of that digest and size."""
         try:
-            return self.path_of(digest).lstat().st_size == size
+            return os.lstat(self._place(digest)).st_size == size
         except OSError:
             return False
 
@@ -256,9 +257,12 @@ class BlobStore:
 
     def path_of(self, digest: str) -> Path:
         """Where the blob lies, or would. Raises CacheError for what is no digest."""
+        return Path(self._place(digest))
+
+    def _place(self, digest: str) -> str:
         if not _DIGEST.fullmatch(digest):
             raise CacheError(f"a blob is named by 64 lower-case hex digits, not {digest[:80]!r}")
-        return self.root / "blobs" / digest[:2] / digest
+        return f"{self._blobs}/{digest[:2]}/{digest}"
 
     def _folder(self, *names: str) -> Path:
         path = self.root

@@ -76,10 +76,15 @@ class FragmentCache:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def get(self, key: str) -> memoryview | None:
-        """The bytes, read-only; None if they are not there. :meth:`needs_revalidation` tells if they may be old."""
+    def get(self, key: str, entry: CacheEntry | None = None) -> memoryview | None:
+        """The bytes, read-only; None if they are not there. :meth:`needs_revalidation` tells if they may be old.
+
+        With the ``entry`` that :meth:`find` gave, they are those of that version, and it is not read again.
+        """
         name = _name_of(key)
-        held = self._memory.get(name) or self._from_disk(name)
+        held = self._memory.get(name)
+        if held is None or (entry is not None and _version(held.entry) != _version(entry)):
+            held = self._from_disk(name, entry)
         if held is None:
             self._usage.miss()
             return None
@@ -144,6 +149,10 @@ class FragmentCache:
                 raise CacheError(f"the part file has {part.size} bytes, its entry says {entry.size}: fetch it again")
             view = part.view()
             return self._keep(key, replace(entry, digest=entry.digest or part.digest()), view, part)
+
+    def find(self, key: str) -> CacheEntry | None:
+        """What is known of a fragment; of its uses, what was written down."""
+        return self._entry(_name_of(key))
 
     def get_entry(self, key: str) -> CacheEntry | None:
         """What is known of a fragment, its latest uses included."""
@@ -268,10 +277,10 @@ class FragmentCache:
                 return self._disk.entry(name)
         return None
 
-    def _from_disk(self, name: str) -> Held | None:
+    def _from_disk(self, name: str, known: CacheEntry | None) -> Held | None:
         if self._disk is not None:
             with self._tolerant():
-                held = self._disk.get(name)
+                held = self._disk.get(name, known)
                 if held is not None:
                     self._memory.put(name, held)
                 return held

@@ -117,16 +117,19 @@ class DiskTier:
         entry = self.entries.read(name)
         return entry if entry is not None and self.blobs.has(_digest_in(entry), entry.size) else None
 
-    def get(self, name: str) -> Held | None:
-        entry = self.entries.read(name)
+    def get(self, name: str, known: CacheEntry | None = None) -> Held | None:
+        """The bytes, of the version that is ``known``, if that was read before."""
+        entry = known or self.entries.read(name)
         if entry is None:
             return None
         view = self.blobs.open(_digest_in(entry), entry.size, stamp=entry.stamp)
-        if view is None:
+        if view is not None:
+            self.entries.touch(name, self._clock())
+            return Held(entry, view)
+        present = entry if known is None else self.entries.read(name)
+        if present is not None and present.digest == entry.digest:
             self.entries.remove(name)
-            return None
-        self.entries.touch(name, self._clock())
-        return Held(entry, view)
+        return None
 
     def adopt(self, name: str, data: PartFile | memoryview, entry: CacheEntry) -> tuple[Held, list[str]]:
         """Publish blob and entry, then make room; gives the names of entries that had to go."""
@@ -146,13 +149,8 @@ class DiskTier:
             self.entries.write(name, entry)
 
     def note(self, name: str, count: int, last: float) -> None:
-        """Add uses to the entry. Of one that has many already, a few more are not worth a file that is written anew:
-        when it was last used is told by the file's time."""
-        entry = self.entries.read(name)
-        if entry is not None and 8 * count > entry.access_count:
-            self.entries.write(name, entry.used(count, last))
-        else:
-            self.entries.touch(name, last)
+        """Add uses to the entry."""
+        self.entries.note(name, count, last)
 
     def remove(self, name: str) -> None:
         entry = self.entries.read(name)

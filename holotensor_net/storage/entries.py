@@ -3,6 +3,9 @@
 ::
 
     root/entries/<2 hex>/<64 hex>.json    what the network said, named by the SHA-256 of the key
+
+A file begins with the number of uses, ten digits that are written over in place: any mixture of two numbers reads as a
+number. All that follows is held together by a checksum.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,11 @@ _SCHEMA = 1
 _MOST_ENTRY_BYTES = 1 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"([0-9a-f]{64})\.json")
+
+_USES = re.compile(rb'\{"uses": "([0-9]{10})", "check": "([0-9a-f]{16})", ')
+_USES_AT = len('{"uses": "')
+_MOST_USES = 10**10 - 1
+_NOTING = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 @dataclass(frozen=True)
@@ -156,15 +164,15 @@ class EntryFiles:
 
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
-        self._folder = blobs.root / "entries"
+        self._folder = str(blobs.root / "entries")
 
-    def path_of(self, name: str) -> Path:
-        return self._folder / name[:2] / f"{name}.json"
+    def path_of(self, name: str) -> str:
+        return f"{self._folder}/{name[:2]}/{name}.json"
 
     def names(self) -> set[str]:
         """The names of all entries."""
         with translated("look for entries", self._blobs.root):
-            files = (item.name for folder in scan(self._folder) for item in scan(Path(folder.path)))
+            files = (item.name for folder in scan(self._folder) for item in scan(folder.path))
             return {match[1] for name in files if (match := _NAME.fullmatch(name))}
 
     def read(self, name: str) -> CacheEntry | None:
@@ -172,8 +180,7 @@ class EntryFiles:
         with translated("read an entry", self._blobs.root):
             try:
                 with opened(path) as (fd, status):
-                    entry = _unpacked(read_all(fd, min(status.st_size, _MOST_ENTRY_BYTES)))
-                    return replace(entry, last_accessed=status.st_mtime)
+                    return _unpacked(read_all(fd, min(status.st_size, _MOST_ENTRY_BYTES)), status.st_mtime)
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except _Garbled:
@@ -181,22 +188,36 @@ class EntryFiles:
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
-        self._blobs.set_aside(path)
+        self._blobs.set_aside(Path(path))
         return None
 
     def write(self, name: str, entry: CacheEntry) -> None:
         # It tells itself whether it is whole, so that nothing has to wait for the disk.
-        self._blobs.replace(self.path_of(name), _packed(entry), when=entry.last_accessed)
+        self._blobs.replace(Path(self.path_of(name)), _packed(entry), when=entry.last_accessed)
 
     def touch(self, name: str, when: float) -> None:
         """Note when the entry was last used, where that may be written."""
         with contextlib.suppress(OSError):
             os.utime(self.path_of(name), (when, when), follow_symlinks=False)
 
+    def note(self, name: str, count: int, last: float) -> None:
+        """Count ``count`` more uses, the last of them at ``last``, where that may be written."""
+        with contextlib.suppress(OSError):
+            fd = os.open(self.path_of(name), _NOTING)
+            try:
+                head = _USES.match(os.pread(fd, 64, 0))
+                if head is not None:
+                    os.pwrite(fd, _uses(int(head[1]) + count), _USES_AT)
+                    os.utime(fd, (last, last))
+            finally:
+                os.close(fd)
+
     def remove(self, name: str) -> bool:
         """Whether the entry is gone now."""
         try:
-            self.path_of(name).unlink(missing_ok=True)
+            os.unlink(self.path_of(name))
+        except FileNotFoundError:
+            pass
         except OSError:
             return False
         return True
@@ -206,40 +227,33 @@ class _Garbled(Exception):
     """An entry file that cannot be understood."""
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+_TEXT, _COUNT = frozenset((str,)), frozenset((int,))
+_NONE = frozenset((type(None),))
 
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
-
-
-def _is_moment(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < math.inf
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
-
-
-def _or_none(is_sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or is_sound(value)
-
-
-_PLAIN_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "fragment_id": _is_text,
-    "size": _is_count,
-    "digest": _is_digest,
-    "etag": _or_none(_is_text),
-    "last_modified": _or_none(_is_text),
-    "validator_is_strong": lambda value: isinstance(value, bool),
-    "url": _or_none(_is_text),
-    "object_size": _or_none(_is_count),
-    "cached_at": _is_moment,
-    "access_count": _is_count,
-    "stamp": _or_none(_is_count),
-    "variant": _or_none(_is_text),
+_PLAIN_FIELDS: dict[str, frozenset[type]] = {
+    "fragment_id": _TEXT,
+    "size": _COUNT,
+    "digest": _TEXT,
+    "etag": _TEXT | _NONE,
+    "last_modified": _TEXT | _NONE,
+    "validator_is_strong": frozenset((bool,)),
+    "url": _TEXT | _NONE,
+    "object_size": _COUNT | _NONE,
+    "cached_at": frozenset((int, float)),
+    "stamp": _COUNT | _NONE,
+    "variant": _TEXT | _NONE,
 }
+"""What is stored as it is, and the types that it may have."""
+
+
+def _is_sound(plain: Mapping[str, Any]) -> bool:
+    """Whether the plain fields of an entry can be what they say."""
+    return (
+        all(type(plain[name]) in types for name, types in _PLAIN_FIELDS.items())
+        and 0 <= plain["cached_at"] < math.inf
+        and min(plain["size"], plain["object_size"] or 0, plain["stamp"] or 0) >= 0
+        and _DIGEST.fullmatch(plain["digest"]) is not None
+    )
 
 
 def _packed(entry: CacheEntry) -> bytes:
@@ -251,18 +265,27 @@ def _packed(entry: CacheEntry) -> bytes:
         "byte_range": None if span is None else [span.start, span.stop],
         "freshness": entry.freshness.to_json(),
     }
-    return json.dumps({**data, "check": _check(data)}).encode()
+    return _sealed(data, entry.access_count)
 
 
-def _unpacked(text: bytes) -> CacheEntry:
+def _sealed(data: dict[str, Any], uses: int = 0) -> bytes:
+    """Data, of which there is some, as JSON with its checksum. Rot that leaves it readable shall not bless wrong bytes;
+    it may spoil the number of uses."""
+    body = json.dumps(data)[1:].encode()
+    return b'{"uses": "%b", "check": "%b", %b' % (_uses(uses), _check(body), body)
+
+
+def _unpacked(text: bytes, last_accessed: float) -> CacheEntry:
     """The entry that :func:`_packed` wrote. Raises _Garbled for anything else."""
+    head = _USES.match(text)
+    if head is None or head[2] != _check(memoryview(text)[head.end() :]):
+        raise _Garbled
     try:
         data = json.loads(text)
-        check = data.pop("check")
-        if data["schema"] != _SCHEMA or check != _check(data):
+        if data["schema"] != _SCHEMA:
             raise _Garbled
         plain = {name: data[name] for name in _PLAIN_FIELDS}
-        if not all(is_sound(plain[name]) for name, is_sound in _PLAIN_FIELDS.items()):
+        if not _is_sound(plain):
             raise _Garbled
         span = None if data["byte_range"] is None else RangeRequest(*data["byte_range"])
         freshness = Freshness.from_json(data["freshness"])
@@ -270,6 +293,8 @@ def _unpacked(text: bytes) -> CacheEntry:
         raise _Garbled from error
     return CacheEntry(
         **plain,
+        last_accessed=last_accessed,
+        access_count=int(head[1]),
         byte_range=span,
         headers=freshness.headers,
         requested_at=freshness.request_time,
@@ -277,6 +302,9 @@ def _unpacked(text: bytes) -> CacheEntry:
     )
 
 
-def _check(data: dict[str, Any]) -> str:
-    """A checksum over an entry: rot that leaves it readable shall not bless the wrong bytes."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+def _uses(count: int) -> bytes:
+    return b"%010d" % min(count, _MOST_USES)
+
+
+def _check(body: bytes | memoryview) -> bytes:
+    return hashlib.sha256(body).hexdigest()[:16].encode()

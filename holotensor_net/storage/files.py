@@ -65,7 +65,7 @@ def digest_of(buffer: Buffer) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+def opened(path: Path | str) -> Iterator[tuple[int, os.stat_result]]:
     """A descriptor to read a regular file, and its status; never a link, a pipe or a device.
 
     Raises OSError: ELOOP for what is no regular file.
@@ -89,7 +89,7 @@ def read_all(fd: int, size: int) -> bytes:
     return b"".join(pieces)
 
 
-def scan(folder: Path) -> list[os.DirEntry[str]]:
+def scan(folder: Path | str) -> list[os.DirEntry[str]]:
     """What lies in a folder; nothing where there is no folder."""
     try:
         with os.scandir(folder) as items:

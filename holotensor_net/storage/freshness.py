@@ -223,7 +223,7 @@ class Freshness:
         """Raises CacheError for anything that :meth:`to_json` would not give."""
         try:
             headers, *times = (data[name] for name in _STORED)
-            is_sound = all(isinstance(text, str) for pair in headers.items() for text in pair)
+            is_sound = {str}.issuperset(map(type, (*headers.keys(), *headers.values())))
             is_sound = is_sound and all(0 <= time <= _END_OF_TIME for time in times)
         except (AttributeError, KeyError, TypeError):
             is_sound = False
@@ -234,6 +234,8 @@ class Freshness:
 
 def kept(headers: Headers) -> dict[str, str]:
     """The headers that may be stored, names in lower case."""
+    if KEPT_HEADERS.issuperset(headers):
+        return dict(headers)
     lower = ((name.lower(), value) for name, value in headers.items())
     return {name: value for name, value in lower if name in KEPT_HEADERS}
 
