@@ -302,7 +302,7 @@ class Fetcher:
         duration = self._clock() - waiter.since
         name = waiter.fragment_id
         if isinstance(outcome, LoadSuccess):
-            result: LoadResult = replace(outcome, fragment_id=name, duration=duration)
+            result: LoadResult = LoadSuccess(name, outcome.data, duration, outcome.from_cache, outcome.head)
         else:
             result = LoadFailure(name, outcome, duration)
         if waiter.future.set_running_or_notify_cancel():

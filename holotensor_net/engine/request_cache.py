@@ -64,6 +64,17 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class _Answer:
+    """What is true of everything that came with one answer: worked out once, however many fragments that is."""
+
+    head: HeadInfo
+    url: str
+    headers: Mapping[str, str]
+    variant: str | None
+    is_storable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Sighting:
     """What a server said last of an object, whichever part of it the answer held."""
 
@@ -106,8 +117,10 @@ class RequestCache:
         self._spare = spare
         self._endpoints = endpoints
         self._user_agent = user_agent
-        self._url_of = functools.lru_cache(256)(CdnEndpoint.url_of)
+        scopes = [endpoint.scope for endpoint in endpoints]
+        self._place = functools.lru_cache(256)(lambda index, path: (endpoints[index].url_of(path), scopes[index]))
         self._clock = clock
+        self._answer: tuple[str, int, _Answer] | None = None  # the one that was kept last
         self._sightings: dict[str, _Sighting] = {}
         self._lock = threading.Lock()
 
@@ -119,14 +132,13 @@ class RequestCache:
         """The cache's key for the answer of one endpoint to a request."""
         if request.checksum is not None:
             return f"digest\n{request.checksum}"
-        where = self._endpoints[endpoint]
         wanted = request.byte_range
+        url, scope = self._place(endpoint, request.path)
         part = "whole" if wanted is None else f"{wanted.start}-{wanted.stop}"
-        return "\n".join(("url", self._url_of(where, request.path), part, where.scope))
+        return f"url\n{url}\n{part}\n{scope}"
 
     def _object(self, path: str, endpoint: int) -> str:
-        where = self._endpoints[endpoint]
-        return "\n".join((where.url_of(path), where.scope))
+        return "\n".join(self._place(endpoint, path))
 
     def find(self, request: LoadRequest) -> Found | None:
         """The best cached answer: a fresh one of any endpoint, else a stale one that its endpoint may confirm."""
@@ -162,6 +174,9 @@ class RequestCache:
 
     def _saw(self, request: LoadRequest, endpoint: int, validator: Validator, head: HeadInfo, asked_at: float) -> None:
         name = self._object(request.path, endpoint)
+        latest = self._sightings.get(name)
+        if latest is not None and latest.headers is head.headers:
+            return  # with another part of the same answer
         with self._lock:
             self._sightings.pop(name, None)
             self._sightings[name] = _Sighting(validator, head.headers, asked_at, self._clock())
@@ -257,29 +272,44 @@ class RequestCache:
         ``asked_at``: when the first request for it was sent, from which its age is counted; None: now.
         """
         data = destination.view()
-        entry = replace(self._entry(request, endpoint, head, wanted), requested_at=asked_at)
+        answer = self._told_by(request.path, endpoint, head)
         self._saw(request, endpoint, head.validator, head, self.now() if asked_at is None else asked_at)
-        key = self.key(request, endpoint)
+        if not answer.is_storable and not isinstance(destination, PartFile):
+            return data
+        key, entry = self.key(request, endpoint), self._entry(request, answer, wanted, asked_at)
         try:
             if isinstance(destination, PartFile):
                 return self._cache.adopt(key, destination, entry)
-            return self._cache.take(key, data, entry) if entry.freshness.is_storable else data
+            return self._cache.take(key, data, entry)
         except CacheError as error:
             _log.warning("not cached: %s", error)
             return data
 
-    def _entry(self, request: LoadRequest, endpoint: int, head: HeadInfo, wanted: RangeRequest) -> CacheEntry:
+    def _told_by(self, path: str, endpoint: int, head: HeadInfo) -> _Answer:
+        known = self._answer
+        if known is not None and known[:2] == (path, endpoint) and known[2].head is head:
+            return known[2]
+        freshness = Freshness(head.headers)
+        url = redact_url(self._place(endpoint, path)[0])
+        variant = self._variant(endpoint, freshness.varies_on)
+        answer = _Answer(head, url, freshness.headers, variant, freshness.is_storable)
+        self._answer = path, endpoint, answer
+        return answer
+
+    def _entry(self, request: LoadRequest, answer: _Answer, wanted: RangeRequest, asked_at: float | None) -> CacheEntry:
+        head = answer.head
         return CacheEntry(
             fragment_id=without_query(request.fragment_id),
             size=wanted.length,
             etag=head.etag,
             last_modified=head.last_modified,
-            url=redact_url(self._url_of(self._endpoints[endpoint], request.path)),
+            url=answer.url,
             byte_range=request.byte_range,
             object_size=head.size,
             validator_is_strong=head.validator.is_strong,
-            headers=head.headers,
-            variant=self._variant(endpoint, Freshness(head.headers).varies_on),
+            headers=answer.headers,
+            requested_at=asked_at,
+            variant=answer.variant,
             digest=_blake3_in(request.checksum),
         )
 

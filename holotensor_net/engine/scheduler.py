@@ -301,11 +301,12 @@ class Scheduler:
     def settle(self, fragment: PrioritizedFragment, *, success: bool) -> None:
         """The fragment is done with: count it, and drop what is left of it."""
         with self._changed:
-            self._drop(fragment)
+            was_queued = self._drop(fragment)
             fragment.state = _SETTLED
             self._completed += success
             self._failed += not success
-            self._changed.notify_all()
+            if was_queued:
+                self._changed.notify_all()
             self._room.notify_all()
 
     def record(self, size: int, piece: Piece | None = None) -> float:
@@ -566,10 +567,13 @@ class Scheduler:
             self._room.notify_all()
             return found
 
-    def _drop(self, fragment: PrioritizedFragment) -> None:
-        self._queue.discard(fragment)
+    def _drop(self, fragment: PrioritizedFragment) -> bool:
+        """Forget a fragment; whether something of it was still to be handed out."""
+        was_queued = self._queue.discard(fragment)
         self._parked.discard(fragment)
-        self._drop_short(fragment)
+        if was_queued:
+            self._drop_short(fragment)
+        return was_queued
 
     def _drop_short(self, fragment: PrioritizedFragment) -> None:
         where, wanted = _neighbourhood(fragment), fragment.request.byte_range

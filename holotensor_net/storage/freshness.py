@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import calendar
 import enum
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -108,6 +109,7 @@ class CacheControl:
     directives: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
 
     @classmethod
+    @functools.lru_cache(64)
     def parse(cls, text: str) -> CacheControl:
         found: dict[str, tuple[str | None, ...]] = {}
         position = 0
@@ -232,12 +234,18 @@ class Freshness:
         return cls(headers, times[0], times[1], heuristic)
 
 
-def kept(headers: Headers) -> dict[str, str]:
+class _Kept(dict[str, str]):
+    """Headers that may be stored, and no others; nobody changes them."""
+
+
+def kept(headers: Headers) -> Headers:
     """The headers that may be stored, names in lower case."""
+    if isinstance(headers, _Kept):
+        return headers
     if KEPT_HEADERS.issuperset(headers):
-        return dict(headers)
+        return _Kept(headers)
     lower = ((name.lower(), value) for name, value in headers.items())
-    return {name: value for name, value in lower if name in KEPT_HEADERS}
+    return _Kept((name, value) for name, value in lower if name in KEPT_HEADERS)
 
 
 def refreshed(old: Headers, new: Headers) -> dict[str, str]:
