@@ -305,7 +305,7 @@ class HttpClient:
         what a fast transfer costs. It is told how far the body has come, and has nothing else to do with a plain one.
         """
         room = state.room(min(left, _STRIDE))
-        block = self._buffer()[:left] if room is None else room
+        block = self._buffer()[: min(left, state.block(_BLOCK))] if room is None else room
         said = _said(response)
         size: int = said.readinto1(block)
         response.raw.length_remaining = said.length

@@ -22,7 +22,8 @@ Write: TypeAlias = Callable[[int, memoryview], None]
 
 Room: TypeAlias = Callable[[int, int], memoryview | None]
 """What a ``Write`` with memory for its bytes has as ``room``: where those from an offset on belong, so many at most,
-for a socket to fill; None if they have to be written there."""
+for a socket to fill; None if they have to be written there. It may have a ``block`` too: how many of those it wants to
+be given at once."""
 
 OpenSink: TypeAlias = Callable[[HeadInfo, RangeRequest | None], Write]
 """Called once, when an answer has passed the guards: what it told, and which bytes come (None: an unknown number from
@@ -140,6 +141,11 @@ class Transfer:
         """The memory where the next bytes belong, ``most`` of them at most; None if they have to be written there."""
         room: Room | None = getattr(self.write, "room", None)
         return None if room is None else room(self.position, most)
+
+    def block(self, most: int) -> int:
+        """How many of the next bytes, of ``most``, are best written at once."""
+        block: Callable[[int, int], int] | None = getattr(self.write, "block", None)
+        return most if block is None else block(self.position, most)
 
     def advance(self, block: memoryview, *, is_in_place: bool = False) -> None:
         """The next bytes: to their place, unless they are there. Raises ChecksumMismatch if they complete what has

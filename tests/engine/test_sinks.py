@@ -50,3 +50,12 @@ def test_room_outlives_the_part_that_gave_it() -> None:
         part.discard()
         room[:] = b"late"  # a read that was under way
         assert part.room(0, 4) is None
+
+
+def test_blocks_end_where_pages_do_in_the_place_that_they_belong_to() -> None:
+    sink = Scatter(
+        [(RangeRequest(1000, 1000 + LONG), MemoryPart(LONG)), (RangeRequest(7 * LONG, 8 * LONG), MemoryPart(LONG))]
+    )
+    assert [sink.block(offset, 4096) for offset in (1000, 1001, 1000 + 4095, 1000 + 4096)] == [4096, 4095, 1, 4096]
+    assert sink.block(7 * LONG + 5, 4096) == 4091
+    assert 0 < sink.block(0, 4096) <= 4096  # what is asked for with it, and belongs nowhere
