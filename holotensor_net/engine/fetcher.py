@@ -72,8 +72,9 @@ _SHORTER_THAN_TO_MOVE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class FetcherStats:
-    """A snapshot. ``requests`` that were answered, ``retries`` after a failure, ``hedges`` beside one that was slow,
-    ``workers`` at work; ``confirmed_bytes`` were in the cache and did not have to come again."""
+    """A snapshot. ``requests`` that were sent for what came, as an ``Answer`` counts them; ``retries`` after a failure,
+    ``hedges`` beside one that was slow, ``workers`` at work; ``confirmed_bytes`` were in the cache and did not have to
+    come again."""
 
     requests: int
     retries: int

@@ -34,7 +34,8 @@ class LoaderStats:
 
     ``bytes_fetched`` came over the network, what was thrown away included; ``bytes_cached`` from the cache.
     ``connections`` are in use now, ``limit`` may be. ``queued``, ``completed`` and ``failed`` count fragments.
-    ``hedges`` are requests beside one that was slow.
+    ``requests`` were sent for what came: retries, redirects, and repeats with a fresh credential included. ``hedges``
+    are requests beside one that was slow.
     """
 
     bytes_fetched: int

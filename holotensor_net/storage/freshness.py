@@ -16,7 +16,6 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ..errors import CacheError
-from ..values import Validator
 
 __all__ = [
     "KEPT_HEADERS",
@@ -25,10 +24,8 @@ __all__ = [
     "State",
     "http_date",
     "is_same_entity",
-    "is_strong",
     "kept",
     "refreshed",
-    "validator_of",
 ]
 
 Headers = Mapping[str, str]
@@ -47,7 +44,6 @@ _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _MEMBER = re.compile(r'((?:[^,"]|"(?:[^"\\]|\\.)*")*)(?:,|\Z)', re.DOTALL)
 _DIRECTIVE = re.compile(rf'({_WORD})(?:=(?:({_WORD})|"((?:[^"\\]|\\.)*)"))?', re.DOTALL)
 _SECONDS = re.compile(r"[0-9]+", re.ASCII)
-_ETAG = re.compile(r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _TIME = r"(?P<hour>[0-9]{2}):(?P<minute>[0-9]{2}):(?P<second>[0-9]{2})"
@@ -141,14 +137,13 @@ class CacheControl:
 class Freshness:
     """What the headers of an answer, and the times it was asked for and came, say of its use later on.
 
-    ``heuristic``: the share of its age when it was answered for which an object is taken to stay as it is, where the
-    server did not say how long (RFC 9111 §4.2.2). At 0 such an object is asked for again each time, which costs a 304.
+    An object of which the server did not say how long it is fresh is asked for again each time, which costs a 304: to
+    guess from its age (RFC 9111 §4.2.2) would now and then give old bytes, of which nobody would know.
     """
 
     headers: Headers = field(default_factory=dict, hash=False)
     request_time: float = 0.0
     response_time: float = 0.0
-    heuristic: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "headers", kept(self.headers))
@@ -193,8 +188,7 @@ class Freshness:
         if "expires" in self.headers:
             expires = http_date(self.headers["expires"], self.response_time)
             return 0.0 if expires is None else max(0.0, expires - self._date)
-        modified = http_date(self.headers.get("last-modified"), self.response_time)
-        return 0.0 if modified is None else max(0.0, self._date - modified) * self.heuristic
+        return 0.0
 
     def age(self, now: float) -> float:
         """Seconds since the origin made or last confirmed the answer (RFC 9111 §4.2.3); never below 0."""
@@ -217,11 +211,11 @@ class Freshness:
         return self.age(now) < self.lifetime + window
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data from which :meth:`from_json` makes this again, but for ``heuristic``: that is the reader's."""
+        """Plain data from which :meth:`from_json` makes this again."""
         return dict(zip(_STORED, (dict(self.headers), self.request_time, self.response_time), strict=True))
 
     @classmethod
-    def from_json(cls, data: Any, *, heuristic: float = 0.0) -> Freshness:
+    def from_json(cls, data: Any) -> Freshness:
         """Raises CacheError for anything that :meth:`to_json` would not give."""
         try:
             headers, *times = (data[name] for name in _STORED)
@@ -231,7 +225,7 @@ class Freshness:
             is_sound = False
         if not is_sound:
             raise CacheError("the stored headers of an answer are damaged: remove the cache entry, and fetch it again")
-        return cls(headers, times[0], times[1], heuristic)
+        return cls(headers, times[0], times[1])
 
 
 class _Kept(dict[str, str]):
@@ -256,27 +250,6 @@ def refreshed(old: Headers, new: Headers) -> dict[str, str]:
     """
     still = {name: value for name, value in kept(old).items() if name not in ("age", "date")}
     return {**still, **{name: value for name, value in kept(new).items() if name != "content-type"}}
-
-
-def is_strong(etag: str | None, last_modified: str | None, date: str | None) -> bool:
-    """Whether parts of answers with this validator may be joined (RFC 9110 §8.8.1).
-
-    An entity tag is strong unless it says ``W/``; a modification date if the answer was made a second later or more
-    (§8.8.2.2).
-    """
-    if etag is not None:
-        return not etag.startswith("W/")
-    made, modified = http_date(date), http_date(last_modified)
-    return modified is not None and made is not None and made >= modified + 1
-
-
-def validator_of(headers: Headers) -> Validator:
-    """The validator of an answer; a malformed entity tag counts as none."""
-    etag = headers.get("etag")
-    if etag is not None and not _ETAG.fullmatch(etag):
-        etag = None
-    modified = headers.get("last-modified")
-    return Validator(etag, modified, is_strong(etag, modified, headers.get("date")))
 
 
 def is_same_entity(a: str | None, b: str | None) -> bool:

@@ -41,7 +41,7 @@ from ..errors import (
 from ..values import HeadInfo, RangeRequest
 from . import guards
 from .digests import LINKED, check_digests
-from .retry import HOSTS, Allowance, Patience, retrying
+from .retry import HOSTS, Allowance, Host, Patience, retrying
 from .sockets import Interrupt, LiveSockets, pool_classes
 from .transfer import Answer, Ask, OpenSink, Transfer, Write
 from .translation import translated
@@ -253,8 +253,7 @@ class HttpClient:
         state.resume()
         headers = state.conditions()
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
-        state.requests += 1
-        with self._answer("GET", state.ask.path, headers, patience) as (response, said):
+        with self._answer("GET", state.ask.path, headers, patience, on_request=state.count) as (response, said):
             length = state.judge(response.status_code, said, self._wall(), compressed=compressed)
             if state.done:
                 return
@@ -324,7 +323,13 @@ class HttpClient:
 
     @contextlib.contextmanager
     def _answer(
-        self, method: str, path: str, headers: Mapping[str, str], patience: Patience
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        patience: Patience,
+        *,
+        on_request: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[requests.Response, dict[str, str]]]:
         """The answer to one request, after redirects, and its headers, names in lower case; its connection is reused
         only if the body was read to its end."""
@@ -333,7 +338,7 @@ class HttpClient:
         self._check(patience)
         with self._turn(patience):
             try:
-                response, linked = self._admitted(method, url, headers, patience)
+                response, linked = self._admitted(method, url, headers, patience, on_request)
                 with translated():
                     try:
                         said = {name.lower(): value.strip(" \t") for name, value in response.headers.items()}
@@ -342,7 +347,7 @@ class HttpClient:
                         self._drain(response, patience)
                     except HttpError as error:
                         if isinstance(error, RateLimited):
-                            self._host.silence(error, self._clock())
+                            self._host_at(response.url, url).silence(error, self._clock())
                         self._drain(response, patience)
                         raise
                     finally:
@@ -381,15 +386,25 @@ class HttpClient:
             raise Cancelled("the client is closed: make a new one")
         patience.check()
 
+    def _host_at(self, url: str, asked: str) -> Host:
+        """Who answers there: our own host, which was ``asked``, or one that it sent us to."""
+        origin = _origin_of(url)
+        return self._host if origin == _origin_of(_template("GET", asked).url) else HOSTS.of(origin)
+
     def _admitted(
-        self, method: str, url: str, headers: Mapping[str, str], patience: Patience
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        patience: Patience,
+        on_request: Callable[[], None],
     ) -> tuple[requests.Response, str | None]:
         """As ``_follow``; what was refused is asked for once more with what may be fresh: the token that a function
         gives, after a 401, or the signed address that a redirect leads to. A token that was refused is not sent again.
         """
         own = self._own_headers(headers)
         with translated():
-            response, linked = self._follow(method, url, own, patience)
+            response, linked = self._follow(method, url, own, patience, on_request)
         if response.status_code not in _REFUSED:
             return response, linked
         try:
@@ -404,14 +419,20 @@ class HttpClient:
         self._check(patience)
         with translated():
             _close(response)
-            return self._follow(method, url, fresh, patience)
+            return self._follow(method, url, fresh, patience, on_request)
 
     def _follow(
-        self, method: str, url: str, own: Mapping[str, str], patience: Patience
+        self,
+        method: str,
+        url: str,
+        own: Mapping[str, str],
+        patience: Patience,
+        on_request: Callable[[], None],
     ) -> tuple[requests.Response, str | None]:
         """The first answer that is no redirect, and the tag that our own server linked to it on the way, if any.
 
-        Its head has both timeouts together to come, however it drips.
+        Its head has both timeouts together to come, however it drips. Raises RateLimited where a redirect leads to a
+        host that has asked for silence.
         """
         session = self._session()
         timeout = self.config.timeout
@@ -420,6 +441,10 @@ class HttpClient:
         home, linked = _origin_of(request.url), None
         for _ in range(self.config.max_redirects + 1):
             url = request.url or ""
+            refusal = None if _origin_of(url) == home else HOSTS.of(_origin_of(url)).refusal(self._clock())
+            if refusal is not None:
+                raise refusal
+            on_request()
             self._sockets.wait_at_most(lambda: min(headed_by - self._clock(), patience.remaining(timeout)))
             response = session.get_adapter(url).send(
                 request,

@@ -50,7 +50,8 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a transfer ended: what was told of the object, which bytes came (None with a 304), in how many requests.
+    """How a transfer ended: what was told of the object, which bytes came (None with a 304), in how many requests: all
+    that were sent for it, those that failed, redirects, and repeats with a fresh credential included.
 
     ``unproved``: digests of the whole object, as it is stored, that were announced and not held against the bytes, as
     not all of them came, or not in order.
@@ -80,6 +81,10 @@ class Transfer:
     not_modified: bool = False
     claims: list[Claim] = field(default_factory=list)
     unproved: frozenset[Digest] = frozenset()
+
+    def count(self) -> None:
+        """A request is sent for it."""
+        self.requests += 1
 
     @property
     def start(self) -> int:

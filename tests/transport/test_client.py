@@ -1017,6 +1017,17 @@ def test_every_client_of_a_host_keeps_the_silence_that_one_was_asked_for(client:
         assert times[1] - times[0] >= 1.0
 
 
+def test_a_silence_is_that_of_the_host_that_asked_for_it_not_of_the_one_that_led_there(client: Open) -> None:
+    with Wire(answer(status=503, retry_after=30)) as far:
+        away = answer(status=302, location=f"{far.url}/a")
+        with Wire(away, answer(b"here"), away) as near:
+            asking = client(near)
+            refuse(asking)
+            assert asking.fetch("b") == b"here"  # it has asked for nothing
+            refuse(asking)
+            assert len(far.requests) == 1  # as the other has
+
+
 @pytest.mark.parametrize("retry_after", [30, 3600, 10**9])
 def test_who_cannot_wait_for_the_end_of_a_silence_is_told_at_once_and_asks_for_nothing(
     client: Open, retry_after: int
@@ -1430,6 +1441,17 @@ def test_a_refused_token_is_asked_for_anew_and_the_old_one_is_not_sent_again(
         assert ask(client(wire, auth=lambda: next(tokens)))
         assert [request.headers["authorization"] for request in wire.requests] == ["Bearer old", "Bearer new"]
         assert [request.connection for request in wire.requests] == [0, 0]
+
+
+def test_every_request_that_is_sent_counts(client: Open) -> None:
+    tokens = itertools.count().__next__
+    away = answer(status=302, location="/b")
+    with Wire(answer(status=503), away, answer(b"", 401), away, part(DATA, 0, 10)) as wire:
+        sink = Sink()
+        asking = client(wire, retry=QUICK, auth=lambda: f"token{tokens()}")
+        answered = asking.transfer(Ask("a", RangeRequest(0, 10)), sink)
+        assert sink.bytes_of(answered) == DATA[:10]
+        assert answered.requests == len(wire.requests) == 5
 
 
 def good(request: Request) -> bytes:
