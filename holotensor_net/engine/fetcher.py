@@ -461,10 +461,17 @@ class Fetcher:
                 on_retry=self._note_retry,
                 interrupt=race.first,
             )
-        except NetworkError:
+            if race.is_doubled:
+                self._check_sealed(shares)
+        except NetworkError as error:
+            if isinstance(error, ChecksumMismatch):
+                race.await_second(patience.remaining(self._config.timeout))
             prize = race.end()
             if prize is None:
                 raise
+            if isinstance(error, ChecksumMismatch):
+                with self._lock:
+                    self._report(endpoint, error)
             self._time(race)
             return prize.endpoint, self._take_over(race, prize)
         finally:
@@ -532,9 +539,10 @@ class Fetcher:
             if race.is_over or self._closing.is_set():
                 return
             ask, second = self._as_proven(race, now), self._second(race)
-            if ask is not None and second is not None and self._hedging.spend():
+            if ask is not None and second is not None and self._is_worth_asking(second, ask, now):
                 self._hedges += 1
                 self._second_at[second] += 1
+                race.is_doubled = True
                 self._executor.submit(self._hedge, race, second, ask)
                 return
             race.pause *= 2
@@ -556,6 +564,11 @@ class Fetcher:
         versions = {share.load.version for share in race.shares} - {None}
         version = versions.pop() if versions else self._versions.of(race.ask.path, now)
         return None if versions or version is None or version.etag is None else replace(race.ask, pinned=version)
+
+    def _is_worth_asking(self, endpoint: int, ask: Ask, now: float) -> bool:
+        """Whether another request is spent on an endpoint that may have what it is asked for. With the lock held."""
+        may_have = ask.pinned is None or self._versions.may_have(ask.path, endpoint, now)
+        return may_have and self._hedging.spend()
 
     def _hedge(self, race: Race, endpoint: int, ask: Ask) -> None:
         """Bring a piece from a second endpoint into a place of its own."""
@@ -585,6 +598,8 @@ class Fetcher:
         except NetworkError as error:
             with self._lock:
                 self._report(endpoint, error)
+                if isinstance(error, ObjectChanged):
+                    self._versions.differs(ask.path, endpoint, self._clock())
         except Exception:
             _log.exception("asking a second time failed")
         else:
@@ -593,8 +608,16 @@ class Fetcher:
                 self._requests += answer.requests
             race.win(Prize(endpoint, ask, answer, place))
         finally:
+            race.second_ended.set()
             with self._lock:
                 self._second_at[endpoint] -= 1
+
+    def _check_sealed(self, shares: list[Share]) -> None:
+        """Raises ChecksumMismatch if the first of two brought what its digest refutes: the second is not cut then."""
+        for share in shares:
+            checksum, destination = share.load.request.checksum, share.attempt.destination
+            if checksum is not None and destination is not None and _is_sealed(share) and not share.attempt.abandoned:
+                check_checksum(destination.view(), checksum)
 
     def _take_over(self, race: Race, prize: Prize) -> Answer:
         """What the second brought goes where the first would have put it."""

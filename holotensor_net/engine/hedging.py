@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from typing import TypeVar
 
 from ..values import Validator
 
 __all__ = ["Hedging", "Versions"]
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _SHARE = 0.05
 _MOST_SAVED = 10.0
@@ -76,18 +80,34 @@ class Hedging:
 
 
 class Versions:
-    """Which version each object was of when an endpoint told last; forgotten after a minute. Not thread-safe."""
+    """Which version each object was of when an endpoint told last, and which endpoints had another one; forgotten after
+    a minute. Not thread-safe."""
 
     def __init__(self) -> None:
         self._told: OrderedDict[str, tuple[Validator, float]] = OrderedDict()
+        self._differs: OrderedDict[tuple[str, int], float] = OrderedDict()
 
     def note(self, path: str, version: Validator, now: float) -> None:
         self._told.pop(path, None)
         if version.is_strong and version.etag is not None:  # equal dates at two servers prove little
-            self._told[path] = version, now
-            if len(self._told) > _MOST_VERSIONS:
-                self._told.popitem(last=False)
+            _remember(self._told, path, (version, now))
 
     def of(self, path: str, now: float) -> Validator | None:
         version, told_at = self._told.get(path, (None, 0.0))
         return version if now - told_at < _TRUE_FOR else None
+
+    def differs(self, path: str, endpoint: int, now: float) -> None:
+        """The endpoint has another version than the one that it was asked for: so are its entity tags, perhaps."""
+        _remember(self._differs, (path, endpoint), now)
+
+    def may_have(self, path: str, endpoint: int, now: float) -> bool:
+        """Whether there is a point in asking the endpoint for a version that another one told."""
+        told_at = self._differs.get((path, endpoint))
+        return told_at is None or now - told_at >= _TRUE_FOR
+
+
+def _remember(known: OrderedDict[K, V], key: K, value: V) -> None:
+    known.pop(key, None)
+    known[key] = value
+    if len(known) > _MOST_VERSIONS:
+        known.popitem(last=False)

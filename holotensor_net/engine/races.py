@@ -49,8 +49,8 @@ class Race:
 
     Only the first writes to the destination, on the thread that began the piece; the second has a place of its own.
     If the second has everything, and it is verified, the first is cut; its thread then takes what the second brought
-    in place of its own. ``pause``: seconds until the piece is looked at (again), by ``alarm``. The lock guards the
-    outcome.
+    in place of its own. ``is_doubled``: the second has been asked. ``pause``: seconds until the piece is looked at
+    (again), by ``alarm``. The lock guards the outcome.
     """
 
     shares: list[Share]
@@ -62,6 +62,8 @@ class Race:
     alarm: Alarm | None = None
     first: Interrupt = field(default_factory=Interrupt)
     second: Interrupt = field(default_factory=Interrupt)
+    is_doubled: bool = False
+    second_ended: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _prize: Prize | None = None
     _is_over: bool = False
@@ -96,3 +98,9 @@ class Race:
         """Cut both."""
         self.first.fire()
         self.second.fire()
+        self.second_ended.set()  # or it will never begin
+
+    def await_second(self, seconds: float) -> None:
+        """The first is of no use: wait for the second, if there is one, so long at most."""
+        if self.is_doubled:
+            self.second_ended.wait(max(0.0, seconds))

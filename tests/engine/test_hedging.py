@@ -126,6 +126,16 @@ def test_a_version_holds_for_a_minute_and_only_if_it_is_an_entity_tag() -> None:
     assert versions.of("1999", 2.0) == V1
 
 
+def test_who_had_another_version_is_asked_for_it_again_after_a_minute() -> None:
+    versions = Versions()
+    assert versions.may_have("a", 1, 0.0)
+    versions.differs("a", 1, 0.0)
+    assert not versions.may_have("a", 1, 59.0)
+    assert versions.may_have("a", 0, 59.0)
+    assert versions.may_have("b", 1, 59.0)
+    assert versions.may_have("a", 1, 60.0)
+
+
 # -- over real sockets
 
 DATA = random.Random(36).randbytes(1 << 17)
@@ -273,6 +283,38 @@ def test_what_is_not_proven_to_be_the_same_is_not_taken(load: Callable[..., Netw
         warm(loader)
         assert bytes(loader.load(piece(1000)).data) == right(piece(1000))
         assert second.served == 1  # asked for that very version, it had to own up
+
+
+def test_who_has_another_version_is_not_asked_for_it_again_and_again(load: Callable[..., NetworkLoader]) -> None:
+    asked = threading.Event()
+    with Mirror(slow=slow_from(40, (asked, 0.3))) as first, Mirror(etag='"elsewhere"') as second:
+        refused = second._reply
+        second._answers = iter(lambda: lambda request: (asked.set(), refused(request))[1], None)
+        loader = load(first, second)
+        warm(loader)
+        for number in range(1000, 1003):
+            assert bytes(loader.load(piece(number)).data) == right(piece(number))
+        assert second.served == 1
+
+
+def test_wrong_bytes_of_the_first_do_not_cut_the_second(load: Callable[..., NetworkLoader]) -> None:
+    asked = threading.Event()
+
+    class Spoilt(Mirror):
+        def _reply(self, request: Request) -> Any:
+            self._data = DATA if self.served < 40 else OTHER
+            return super()._reply(request)
+
+    def slow(_: Request) -> float:
+        asked.set()
+        return 0.3
+
+    with Spoilt(slow=slow_from(40, asked)) as first, Mirror(slow=slow) as second:
+        loader = load(first, second)
+        warm(loader)
+        digest = hashlib.sha256(right(piece(1000))).hexdigest()
+        assert bytes(loader.load(piece(1000, checksum=f"sha256:{digest}")).data) == right(piece(1000))
+        assert (first.served, second.served) == (41, 1)
 
 
 def test_what_nothing_is_known_of_is_asked_for_once(load: Callable[..., NetworkLoader]) -> None:
