@@ -199,12 +199,12 @@ class ClientConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """What the scheduler needs. ``max_concurrent``: the ceiling of the pool; ``chunk_size``: bytes of a piece;
+    """What the scheduler needs. ``max_concurrent``: the ceiling of the pool; ``chunk_size``: bytes of a piece, at most;
     ``max_bandwidth`` and ``min_bandwidth`` in bytes/s; ``memory_budget``: bytes in flight or undelivered;
     ``queue_limit``: fragments."""
 
     max_concurrent: int = 64
-    chunk_size: int = 4 * MIB
+    chunk_size: int = 16 * MIB
     max_bandwidth: float | None = None
     min_bandwidth: float = MIB
     monitor_bandwidth: bool = True
@@ -265,7 +265,7 @@ class NetworkConfig:
     timeout: float = 30.0
     connect_timeout: float = 10.0
     max_concurrent: int = 64
-    chunk_size: int = 4 * MIB
+    chunk_size: int = 16 * MIB
     retry: RetryConfig = field(default_factory=RetryConfig)
     compression: bool = True
     user_agent: str = field(default_factory=lambda: f"holotensor-net/{version()}")

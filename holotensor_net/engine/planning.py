@@ -15,6 +15,8 @@ _PIECE_SECONDS = 1.0
 _PIECE_ROUND_TRIPS = 20.0
 _SMALLEST_PIECE = 64 * 1024
 _FIRST_PIECE = 256 * 1024
+_LONG_PIECE = 4 * 1024 * 1024
+_LONG_PIECE_SECONDS = 0.2
 
 
 def split(byte_range: RangeRequest, piece_size: int) -> Iterator[RangeRequest]:
@@ -62,10 +64,13 @@ def gap_worth_reading(round_trip: float, rate: float) -> int:
 
 def piece_worth_asking(round_trip: float, rate: float, *, most: int) -> int:
     """The bytes of a piece for a connection of ``rate`` bytes/s: about a second's, so that connections come free and
-    are given to others in time, but twenty round trips' at least, as each piece costs one; and 256 KiB while the
-    rate is unknown; ``most`` at most."""
+    are given to others in time, but twenty round trips' at least, as each piece costs one; above 4 MiB only what passes
+    in a fifth of one, and 256 KiB while the rate is unknown; ``most`` at most."""
     length = rate * max(_PIECE_SECONDS, _PIECE_ROUND_TRIPS * round_trip)
-    return min(most, max(_SMALLEST_PIECE, int(length)) if 0 < length < math.inf else _FIRST_PIECE)
+    if not 0 < length < math.inf:
+        return min(most, _FIRST_PIECE)
+    longest = max(_LONG_PIECE, int(rate * _LONG_PIECE_SECONDS))
+    return min(most, longest, max(_SMALLEST_PIECE, int(length)))
 
 
 def join_neighbours(anchor: RangeRequest, others: Sequence[RangeRequest], *, max_gap: int, max_length: int) -> range:

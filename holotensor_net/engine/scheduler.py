@@ -21,6 +21,7 @@ __all__ = ["Part", "Piece", "Plan", "Scheduler", "SchedulerStats"]
 
 _ROUND_TRIP = 0.02  # until one has been seen
 _LARGEST_GAP = 256 * 1024
+_MODEST = 4 * 1024 * 1024
 _LONGEST_PAUSE = 0.5  # seconds that a lower level waits at once for CRITICAL: nobody is held up for ever
 _SILENCE = 1.0  # seconds without a byte after which CRITICAL holds nobody up: it would not come sooner
 _SETTLED = object()  # the state of a fragment that is done with: whatever comes too late for it is ignored
@@ -441,7 +442,12 @@ class Scheduler:
 
     @property
     def _short(self) -> int:
-        return self.config.chunk_size // 4
+        return self._modest // 4
+
+    @property
+    def _modest(self) -> int:
+        """Bytes of a piece that goes alone, or brings others along: where the rate does not tell what is long."""
+        return min(self.config.chunk_size, _MODEST)
 
     @property
     def _most(self) -> int:
@@ -474,7 +480,7 @@ class Scheduler:
     def _put(self, fragment: PrioritizedFragment, *, alone: bool, whole: bool) -> None:
         wanted = fragment.request.byte_range
         if whole:
-            opening = _opening(fragment.request, self.config.chunk_size)
+            opening = _opening(fragment.request, self._modest)
             fragment.state = Plan(deque([opening]), opening.stop, whole=True)
         elif not alone and wanted is not None and wanted.length <= self._short and not fragment.request.allow_short:
             self._shorts.setdefault(_neighbourhood(fragment), _Shorts()).add(fragment, wanted)
@@ -485,10 +491,10 @@ class Scheduler:
     def _plan(self, fragment: PrioritizedFragment) -> Plan:
         """The plan of a fragment; if it has none yet, all of its ranges where that is safe, else the first."""
         if fragment.state is None:
-            wanted = _opening(fragment.request, self.config.chunk_size)
+            wanted = _opening(fragment.request, self._modest)
             is_safe = _is_safe(fragment.request)
             if not is_safe:
-                wanted = RangeRequest(wanted.start, min(wanted.stop, wanted.start + self.config.chunk_size))
+                wanted = RangeRequest(wanted.start, min(wanted.stop, wanted.start + self._modest))
             fragment.state = Plan(deque([wanted]), wanted.stop, whole=not is_safe)
         assert isinstance(fragment.state, Plan)
         return fragment.state
@@ -552,9 +558,9 @@ class Scheduler:
             return []
         share = self.monitor.current_bandwidth / max(1, self._active)
         gap = min(_LARGEST_GAP, gap_worth_reading(self.monitor.round_trip or _ROUND_TRIP, share))
-        around = shorts.around(wanted, fragment.priority, gap=gap, length=self.config.chunk_size)
+        around = shorts.around(wanted, fragment.priority, gap=gap, length=self._modest)
         ranges = [neighbour.request.byte_range or wanted for neighbour in around]
-        joined = join_neighbours(wanted, ranges, max_gap=gap, max_length=self.config.chunk_size)
+        joined = join_neighbours(wanted, ranges, max_gap=gap, max_length=self._modest)
         return [self._part(around[index], self._take_range(around[index])) for index in joined]
 
     def _forget_queued(self) -> list[PrioritizedFragment]:

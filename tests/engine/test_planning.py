@@ -126,7 +126,10 @@ def test_a_gap_is_worth_what_passes_in_a_round_trip(round_trip, rate, gap):
     ("round_trip", "rate", "length"),
     [
         (0.02, 1e6, 1_000_000),  # a second's
-        (0.3, 1e6, 6_000_000),  # twenty round trips'
+        (0.3, 1e5, 600_000),  # twenty round trips'
+        (0.3, 1e6, 4 << 20),
+        (0.02, 2e7, 4 << 20),
+        (0.02, 3e7, 6_000_000),  # a fifth of a second's
         (0.02, 1e9, 8_000_000),
         (0.02, 1.0, 64 * 1024),
         (0.0, 1e6, 1_000_000),
@@ -135,7 +138,7 @@ def test_a_gap_is_worth_what_passes_in_a_round_trip(round_trip, rate, gap):
         (math.nan, 1e6, 1_000_000),
     ],
 )
-def test_a_piece_takes_a_second_or_twenty_round_trips(round_trip, rate, length):
+def test_a_piece_takes_a_second_or_twenty_round_trips_and_a_long_one_less(round_trip, rate, length):
     assert piece_worth_asking(round_trip, rate, most=8_000_000) == length
     assert piece_worth_asking(round_trip, rate, most=1000) == 1000
 
