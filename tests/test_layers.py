@@ -27,6 +27,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("transport/retry", "transport/guards", "transport/sockets"),
         *("transport/transfer", "transport/digests", "transport/translation"),
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
+        *("storage/claims",),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
         *("engine/alarms", "engine/hedging"),
         *("formats/strict_json", "formats/dtypes", "formats/tensors"),
@@ -35,7 +36,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     2: ("transport/client", "storage/entries", "storage/disk", "storage/cache", "storage/results", "engine/scheduler"),
     3: (
-        *("engine/request_cache", "engine/sinks", "engine/loads", "engine/races"),
+        *("engine/request_cache", "engine/sinks", "engine/loads", "engine/races", "engine/turns"),
         *("engine/recovery", "engine/fetcher"),
         *("stream_cache/tiers", "stream_cache/cache"),
     ),
@@ -63,7 +64,7 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("engine/request_cache",),
         ("engine/sinks", "engine/loads"),
-        ("engine/races", "engine/recovery"),
+        ("engine/races", "engine/recovery", "engine/turns"),
         ("engine/fetcher",),
     ),
     (("stream_cache/keys",), ("stream_cache/functions",)),

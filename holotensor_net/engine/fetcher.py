@@ -57,6 +57,7 @@ from .request_cache import Destination, Found, RequestCache, Resumed, contradict
 from .routes import Routes, is_bad_answer, is_unreachable
 from .scheduler import Piece, Scheduler
 from .sinks import Bounded, Scatter
+from .turns import Move, Turns
 
 __all__ = ["Fetcher", "FetcherStats"]
 
@@ -115,6 +116,9 @@ class Fetcher:
         self._changed = threading.Condition(self._lock)  # routes changed
         self._books = Books()
         self._alarms = Alarms("holotensor-alarms", clock=clock)
+        self._turns = Turns(
+            cache, scheduler, self._lock, seconds=config.timeout, rate=config.min_bandwidth, clock=clock
+        )
         self._workers = 0
         self._requests = 0
         self._retries = 0
@@ -164,10 +168,14 @@ class Fetcher:
         self._spawn()
 
     def _is_there(self, load: Load) -> bool:
-        """Whether an equal load has brought the bytes since the caller looked into the cache."""
-        found = self._cache.find(load.request)
-        data = self._cache.data(found) if found is not None and found.is_fresh else None
-        if data is None or found is None:
+        """Whether an equal load, of this process or of another, has brought the bytes since the caller looked into the
+        cache."""
+        found, turn = self._cache.find(load.request), load.turn
+        if found is None:
+            return False
+        is_new = turn is not None and turn.has_waited and self._cache.came_since(found, turn.since)
+        data = self._cache.data(found) if found.is_fresh or is_new else None
+        if data is None:
             return False
         with self._lock:
             self._confirmed_bytes += len(data)
@@ -270,6 +278,7 @@ class Fetcher:
                 idle = self._idle_races()
         if is_dropped:
             self._scheduler.settle(load.fragment, success=False)
+            self._turns.end(load)
         self._answer(waiter, error)
         if is_dropped:
             for race in idle:
@@ -285,6 +294,7 @@ class Fetcher:
             waiters, ending = self._books.close(load)
             idle = self._idle_races()
         self._scheduler.settle(load.fragment, success=isinstance(outcome, LoadSuccess))
+        self._turns.end(load)
         for waiter in waiters:
             self._answer(waiter, outcome)
         for race in idle:
@@ -337,7 +347,7 @@ class Fetcher:
             self._spawn()  # something may have been queued between the last look and now
 
     def _run(self, piece: Piece) -> None:
-        if self._resumes(piece):
+        if self._is_held_back(piece) or self._resumes(piece):
             return
         shares = self._begin(piece)
         endpoint: int | None = None
@@ -361,6 +371,38 @@ class Fetcher:
         except Exception as error:
             for share in shares:
                 self._resolve(share.load, _defect(error))
+
+    def _is_held_back(self, piece: Piece) -> bool:
+        """Whether a piece is not begun with, as another process brings something of it, or has; the rest of it is
+        queued again."""
+        parts = [part.fragment for part in piece.parts if not part.is_stale]
+        loads = [fragment.load for fragment in parts if isinstance(fragment, Fragment) and not fragment.load.done]
+        ours = [load for load in loads if self._is_ours(load)]
+        if len(ours) == len(loads):
+            return False
+        for load in ours:
+            self._scheduler.restart(load.fragment, alone=False)
+        self._scheduler.release(piece)
+        return True
+
+    def _is_ours(self, load: Load) -> bool:
+        """Whether this process is to bring a load, now."""
+        try:
+            move = self._turns.take(load)
+            if move is Move.WAIT:
+                self._look_again(load)
+            return move is Move.BEGIN or (move is Move.LOOK and not self._is_there(load))
+        except Exception as error:
+            self._resolve(load, _defect(error))
+            return False
+
+    def _look_again(self, load: Load) -> None:
+        """Go on with a load that waits for another process, or look again later."""
+        pause = self._turns.wake(load)
+        if pause is None:
+            self._spawn()
+        else:
+            self._alarms.at(self._clock() + pause, load, self._look_again)
 
     def _resumes(self, piece: Piece) -> bool:
         """Whether the piece stood for a load that may go on where another was cut off: what is left of it is queued."""
@@ -703,6 +745,8 @@ class Fetcher:
             made: Destination = MemoryPart(size, spare=self._config.memory_budget)
         else:
             made = self._cache.destination(size, head, load.request, attempt.endpoint or 0)
+        if "no-store" in head.headers.get("cache-control", "").lower():
+            self._turns.end(load)  # there will be nothing to wait for
         with self._lock:
             if attempt.destination is None and not attempt.abandoned:
                 attempt.destination, attempt.is_open_ended = made, is_open_ended

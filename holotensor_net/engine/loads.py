@@ -17,7 +17,7 @@ from .priority import PrioritizedFragment
 from .request_cache import Destination, Found
 from .scheduler import Part
 
-__all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Waiter"]
+__all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Turn", "Waiter"]
 
 
 _MOST_ENDED = 4096
@@ -71,6 +71,25 @@ def _nothing() -> None:
 
 
 @dataclass(slots=True, eq=False)
+class Turn:
+    """Where a load stands among processes that want the same, which is told by the cache's ``name`` for it.
+
+    ``has_come``: it is this process's to bring, ``is_claimed``: others know. ``is_waiting``: another brings it;
+    ``since`` is the wall clock's time when that was first seen, ``until`` when it is waited for no longer, and then
+    ``is_late``; ``pause`` are the seconds to the next look."""
+
+    name: str
+    has_come: bool = False
+    is_claimed: bool = False
+    is_waiting: bool = False
+    has_waited: bool = False
+    is_late: bool = False
+    since: float = 0.0
+    until: float = 0.0
+    pause: float = 0.0
+
+
+@dataclass(eq=False)
 class Load:
     """A fragment on its way, and everyone who waits for it. ``whole``: each endpoint is asked for all of the object in
     a plain GET, as none is left that serves ranges. ``may_resume``: the first worker is to look for what has come of an
@@ -88,6 +107,7 @@ class Load:
     in_memory: bool = False
     may_resume: bool = False
     is_repeated: bool = False
+    turn: Turn | None = None
     done: bool = False
 
     @property

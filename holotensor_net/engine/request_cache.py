@@ -19,7 +19,8 @@ from typing import Any, Protocol
 from ..config import CdnEndpoint
 from ..errors import CacheError, redact_url, without_query
 from ..storage.blobs import is_worth_a_sync
-from ..storage.cache import CacheEntry, FragmentCache
+from ..storage.cache import CacheEntry, FragmentCache, name_of
+from ..storage.claims import Claims
 from ..storage.freshness import Freshness, State, refreshed
 from ..storage.memory import MemoryPart
 from ..storage.parts import PartFile
@@ -128,6 +129,19 @@ class RequestCache:
         """Seconds since the epoch."""
         return self._clock()
 
+    @property
+    def claims(self) -> Claims | None:
+        """Who of several processes is at what; None where nothing is shared."""
+        return self._cache.claims
+
+    def name(self, request: LoadRequest) -> str:
+        """What processes that share a cache call the answer to a request: 64 hex digits."""
+        return name_of(self.key(request, 0))
+
+    def has_appeared(self, name: str) -> bool:
+        """Whether an answer of that name may be in the cache."""
+        return self._cache.has_appeared(name)
+
     def key(self, request: LoadRequest, endpoint: int) -> str:
         """The cache's key for the answer of one endpoint to a request."""
         if request.checksum is not None:
@@ -182,6 +196,12 @@ class RequestCache:
             self._sightings[name] = _Sighting(validator, head.headers, asked_at, self._clock())
             if len(self._sightings) > _MOST_SIGHTINGS:
                 del self._sightings[next(iter(self._sightings))]
+
+    def came_since(self, found: Found, moment: float) -> bool:
+        """Whether somebody was given a cached answer after ``moment``, in seconds since the epoch, and it may stand for
+        an answer to all who were asking then, even if it is stale by now (RFC 9111 §4)."""
+        freshness = found.entry.freshness
+        return freshness.response_time > moment and not freshness.forbids_stale
 
     def data(self, found: Found) -> memoryview | None:
         """The bytes of a cached answer; None if they are gone or damaged."""

@@ -243,18 +243,34 @@ class Scheduler:
                 self._queue.push(fragment, place=plan.place)
             self._changed.notify_all()
 
+    def withdraw(self, fragment: PrioritizedFragment) -> None:
+        """Hand out nothing of a fragment until :meth:`restart`; what was handed out is stale."""
+        with self._changed:
+            if self._closed or fragment.state is _SETTLED:
+                return
+            self._drop(fragment)
+            fragment.state = Plan(deque(), 0, queued=False)
+            self._parked.add(fragment)
+            self._room.notify_all()
+
     def restart(
-        self, fragment: PrioritizedFragment, *, whole: bool = False, rest: Iterable[RangeRequest] = (), stop: int = 0
+        self,
+        fragment: PrioritizedFragment,
+        *,
+        alone: bool = True,
+        whole: bool = False,
+        rest: Iterable[RangeRequest] = (),
+        stop: int = 0,
     ) -> None:
         """Queue a fragment that was begun as if it had not been, at once, however full the queue is; or only the
-        ``rest`` of it, if it ends at ``stop``."""
+        ``rest`` of it, if it ends at ``stop``. Not ``alone``: it may be joined with neighbours."""
         with self._changed:
             if self._closed or fragment.state is _SETTLED:
                 return
             self._drop(fragment)
             left = deque(rest)
             fragment.state = Plan(left, stop) if left else None
-            self._put(fragment, alone=True, whole=whole)
+            self._put(fragment, alone=alone, whole=whole)
 
     # -- out
 

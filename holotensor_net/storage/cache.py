@@ -4,6 +4,7 @@
 
     root/entries/<2 hex>/<64 hex>.json    what the network said, named by the SHA-256 of the key
     root/blobs/…                          the bytes (see blobs)
+    root/claims                           an empty file, whose bytes are locked (see claims)
 
 The file system is the index: there is no database, and no lock is needed for right answers, only to save work. Whoever
 reads finds the old entry, the new one, or none. An entry names its bytes by their digest, so that equal bytes from
@@ -25,13 +26,14 @@ from cachetools import LRUCache
 
 from ..config import CacheConfig
 from ..errors import CacheError
+from .claims import Claims
 from .disk import DiskTier
 from .entries import CacheEntry, Held, Usage
 from .files import Buffer, digest_of, flat
 from .freshness import State, is_same_entity
 from .parts import PartFile
 
-__all__ = ["CacheEntry", "CacheStats", "FragmentCache"]
+__all__ = ["CacheEntry", "CacheStats", "FragmentCache", "name_of"]
 
 _log = logging.getLogger("holotensor_net.cache")
 
@@ -68,6 +70,7 @@ class FragmentCache:
         self._usage = Usage()
         self._warned: set[object] = set()
         root = self.config.root
+        self.claims = None if root is None else Claims(root / "claims")
         self._disk = None if root is None else DiskTier(root, self.config.max_size, self._usage, clock)
 
     def __enter__(self) -> FragmentCache:
@@ -81,7 +84,7 @@ class FragmentCache:
 
         With the ``entry`` that :meth:`find` gave, they are those of that version, and it is not read again.
         """
-        name = _name_of(key)
+        name = name_of(key)
         held = self._memory.get(name)
         if held is None or (entry is not None and _version(held.entry) != _version(entry)):
             held = self._from_disk(name, entry)
@@ -118,7 +121,7 @@ class FragmentCache:
         """
         if self._disk is None or (size or 0) > self.config.max_size:
             return None
-        subject = "" if key is None else _name_of(key)
+        subject = "" if key is None else name_of(key)
         return self._disk.blobs.create(size, subject=subject, note=note if subject else None)
 
     def has_part(self, key: str) -> bool:
@@ -126,7 +129,7 @@ class FragmentCache:
         found = False
         if self._disk is not None:
             with self._tolerant():
-                found = self._disk.blobs.has_part(_name_of(key))
+                found = self._disk.blobs.has_part(name_of(key))
         return found
 
     def resume(self, key: str) -> tuple[PartFile, Mapping[str, Any]] | None:
@@ -136,8 +139,12 @@ class FragmentCache:
         """
         if self._disk is not None:
             with self._tolerant():
-                return self._disk.blobs.resume(_name_of(key))
+                return self._disk.blobs.resume(name_of(key))
         return None
+
+    def has_appeared(self, name: str) -> bool:
+        """Whether there is an entry on the disk, whatever it says; much faster than to read it."""
+        return self._disk is not None and self._disk.entries.exists(name)
 
     def adopt(self, key: str, part: PartFile, entry: CacheEntry) -> memoryview:
         """Publish a part file that is complete; gives a read-only view of it. The caller answers for ``entry.digest``.
@@ -152,16 +159,16 @@ class FragmentCache:
 
     def find(self, key: str) -> CacheEntry | None:
         """What is known of a fragment; of its uses, what was written down."""
-        return self._entry(_name_of(key))
+        return self._entry(name_of(key))
 
     def get_entry(self, key: str) -> CacheEntry | None:
         """What is known of a fragment, its latest uses included."""
-        name = _name_of(key)
+        name = name_of(key)
         entry = self._entry(name)
         return None if entry is None else self._usage.applied(name, entry)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._entry(_name_of(key)) is not None
+        return isinstance(key, str) and self._entry(name_of(key)) is not None
 
     def __iter__(self) -> Iterator[CacheEntry]:
         for name in self._names():
@@ -171,7 +178,7 @@ class FragmentCache:
 
     def needs_revalidation(self, key: str, etag: str | None = None) -> bool:
         """Whether the server must be asked before the bytes are used: not if ``etag``, its present one, is theirs."""
-        entry = self._entry(_name_of(key))
+        entry = self._entry(name_of(key))
         if entry is None:
             return True
         if etag is not None:
@@ -183,7 +190,7 @@ class FragmentCache:
 
         ``requested_at``: when the server was asked; None: now.
         """
-        name, now = _name_of(key), self._clock()
+        name, now = name_of(key), self._clock()
         entry = self._entry(name)
         if entry is not None:
             entry = entry.confirmed(headers_of_304, now if requested_at is None else requested_at, now)
@@ -200,7 +207,7 @@ class FragmentCache:
 
     def remove(self, key: str) -> bool:
         """Forget a fragment; whether there was one. Its bytes go with the last entry that names them."""
-        name = _name_of(key)
+        name = name_of(key)
         existed = self._entry(name) is not None
         self._forget([name])
         if self._disk is not None:
@@ -257,8 +264,10 @@ class FragmentCache:
             self._disk.collect()
 
     def close(self) -> None:
-        """:meth:`sync`, and let go of what is held in memory."""
+        """:meth:`sync`, and let go of what is held in memory, and of claims."""
         self.sync()
+        if self.claims is not None:
+            self.claims.close()
         self._memory.clear()
 
     def _names(self) -> set[str]:
@@ -288,7 +297,7 @@ class FragmentCache:
 
     def _keep(self, key: str, entry: CacheEntry, view: memoryview, data: PartFile | memoryview) -> memoryview:
         """Let both tiers take the bytes, as far as they may and can."""
-        name, now = _name_of(key), self._clock()
+        name, now = name_of(key), self._clock()
         received = now if entry.received_at is None else entry.received_at
         requested = received if entry.requested_at is None else entry.requested_at
         entry = replace(entry, cached_at=now, last_accessed=now, received_at=received, requested_at=requested)
@@ -378,7 +387,7 @@ class _MemoryTier:
             return set(self._held)
 
 
-def _name_of(key: str) -> str:
+def name_of(key: str) -> str:
     """A file name for any key: long ones, and such as hold slashes or lone surrogates."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 

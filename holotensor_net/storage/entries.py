@@ -169,6 +169,10 @@ class EntryFiles:
     def path_of(self, name: str) -> str:
         return f"{self._folder}/{name[:2]}/{name}.json"
 
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of that name, be it an entry or not."""
+        return os.access(f"{self._folder}/{name[:2]}/{name}.json", os.F_OK)
+
     def names(self) -> set[str]:
         """The names of all entries."""
         with translated("look for entries", self._blobs.root):

