@@ -172,7 +172,11 @@ class FragmentCache:
 
     def __iter__(self) -> Iterator[CacheEntry]:
         for name in self._names():
-            entry = self._entry(name)
+            try:
+                entry = self._known(name)
+            except CacheError as error:
+                self._warn(error)
+                continue
             if entry is not None:
                 yield self._usage.applied(name, entry)
 
@@ -278,13 +282,16 @@ class FragmentCache:
         return names
 
     def _entry(self, name: str) -> CacheEntry | None:
+        with self._tolerant():
+            return self._known(name)
+        return None
+
+    def _known(self, name: str) -> CacheEntry | None:
+        """Raises CacheError."""
         held = self._memory.get(name)
         if held is not None:
             return held.entry
-        if self._disk is not None:
-            with self._tolerant():
-                return self._disk.entry(name)
-        return None
+        return None if self._disk is None else self._disk.entry(name)
 
     def _from_disk(self, name: str, known: CacheEntry | None) -> Held | None:
         if self._disk is not None:
@@ -324,10 +331,13 @@ class FragmentCache:
         try:
             yield
         except CacheError as error:
-            cause = type(error), getattr(error.__cause__, "errno", None)
-            if cause not in self._warned:
-                self._warned.add(cause)
-                _log.warning("the disk cache does not take part: %s", error)
+            self._warn(error)
+
+    def _warn(self, error: CacheError) -> None:
+        cause = type(error), getattr(error.__cause__, "errno", None)
+        if cause not in self._warned:
+            self._warned.add(cause)
+            _log.warning("the disk cache does not take part: %s", error)
 
 
 class _Counting(LRUCache[str, Held]):

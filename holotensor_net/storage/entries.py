@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import threading
@@ -26,7 +27,7 @@ from typing import Any
 from ..errors import CacheError
 from ..values import RangeRequest, Validator
 from .blobs import BlobStore
-from .files import opened, read_all, scan, translated
+from .files import contents, scan, translated
 from .freshness import Freshness, is_same_entity, kept, refreshed
 
 __all__ = ["CacheEntry", "EntryFiles", "Held", "Usage"]
@@ -183,8 +184,8 @@ class EntryFiles:
         path = self.path_of(name)
         with translated("read an entry", self._blobs.root):
             try:
-                with opened(path) as (fd, status):
-                    return _unpacked(read_all(fd, min(status.st_size, _MOST_ENTRY_BYTES)), status.st_mtime)
+                text, status = contents(path, _MOST_ENTRY_BYTES)
+                return _unpacked(text, status.st_mtime)
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except _Garbled:
@@ -249,11 +250,13 @@ _PLAIN_FIELDS: dict[str, frozenset[type]] = {
 }
 """What is stored as it is, and the types that it may have."""
 
+_values = operator.itemgetter(*_PLAIN_FIELDS)
+
 
 def _is_sound(plain: Mapping[str, Any]) -> bool:
-    """Whether the plain fields of an entry can be what they say."""
+    """Whether the plain fields of an entry, in their order, can be what they say."""
     return (
-        all(type(plain[name]) in types for name, types in _PLAIN_FIELDS.items())
+        all(map(operator.contains, _PLAIN_FIELDS.values(), map(type, plain.values())))
         and 0 <= plain["cached_at"] < math.inf
         and min(plain["size"], plain["object_size"] or 0, plain["stamp"] or 0) >= 0
         and _DIGEST.fullmatch(plain["digest"]) is not None
@@ -285,10 +288,10 @@ def _unpacked(text: bytes, last_accessed: float) -> CacheEntry:
     if head is None or head[2] != _check(memoryview(text)[head.end() :]):
         raise _Garbled
     try:
-        data = json.loads(text)
+        data = json.loads(text.decode())
         if data["schema"] != _SCHEMA:
             raise _Garbled
-        plain = {name: data[name] for name in _PLAIN_FIELDS}
+        plain = dict(zip(_PLAIN_FIELDS, _values(data), strict=True))
         if not _is_sound(plain):
             raise _Garbled
         span = None if data["byte_range"] is None else RangeRequest(*data["byte_range"])

@@ -25,6 +25,7 @@ from ..values import blake3_of
 __all__ = [
     "CREATING",
     "Buffer",
+    "contents",
     "digest_of",
     "disown",
     "flat",
@@ -80,6 +81,18 @@ def opened(path: Path | str) -> Iterator[tuple[int, os.stat_result]]:
         os.close(fd)
 
 
+def contents(path: str, most: int) -> tuple[bytes, os.stat_result]:
+    """The bytes of a regular file, ``most`` at most, and its status. Raises OSError as :func:`opened` does."""
+    fd = os.open(path, _READ)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.ELOOP, "not a regular file", path)
+        return read_all(fd, min(status.st_size, most)), status
+    finally:
+        os.close(fd)
+
+
 def read_all(fd: int, size: int) -> bytes:
     """The first ``size`` bytes of an open file, fewer only if it ends before; its position stays."""
     pieces, got = [], 0
@@ -98,19 +111,28 @@ def scan(folder: Path | str) -> list[os.DirEntry[str]]:
         return []
 
 
-@contextlib.contextmanager
-def translated(doing: str, root: Path) -> Iterator[None]:
-    """OSErrors as CacheErrors that say what to do."""
-    try:
-        yield
-    except CacheError:
-        raise
-    except OSError as error:
+class translated:
+    """A context in which OSErrors become CacheErrors that say what to do. No generator: every read passes through."""
+
+    __slots__ = ("_doing", "_root")
+
+    def __init__(self, doing: str, root: Path) -> None:
+        self._doing = doing
+        self._root = root
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OSError) or isinstance(error, CacheError):
+            return
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InsufficientDisk(
-                f"no room to {doing} in {root}: free some space, or set another cache folder (HOLOTENSOR_CACHE)"
+                f"no room to {self._doing} in {self._root}:"
+                " free some space, or set another cache folder (HOLOTENSOR_CACHE)"
             ) from error
-        raise CacheError(f"cannot {doing} in {root} ({error.strerror or error}): {_advice(error)}") from error
+        told = error.strerror or error
+        raise CacheError(f"cannot {self._doing} in {self._root} ({told}): {_advice(error)}") from error
 
 
 def _advice(error: OSError) -> str:

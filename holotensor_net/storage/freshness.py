@@ -218,14 +218,14 @@ class Freshness:
     def from_json(cls, data: Any) -> Freshness:
         """Raises CacheError for anything that :meth:`to_json` would not give."""
         try:
-            headers, *times = (data[name] for name in _STORED)
+            headers, asked, came = data["headers"], data["request_time"], data["response_time"]
             is_sound = {str}.issuperset(map(type, (*headers.keys(), *headers.values())))
-            is_sound = is_sound and all(0 <= time <= _END_OF_TIME for time in times)
+            is_sound = is_sound and 0 <= asked <= _END_OF_TIME and 0 <= came <= _END_OF_TIME
         except (AttributeError, KeyError, TypeError):
             is_sound = False
         if not is_sound:
             raise CacheError("the stored headers of an answer are damaged: remove the cache entry, and fetch it again")
-        return cls(headers, times[0], times[1])
+        return cls(headers, asked, came)
 
 
 class _Kept(dict[str, str]):
