@@ -514,7 +514,7 @@ class Fetcher:
             if isinstance(error, ChecksumMismatch):
                 with self._lock:
                     self._report(endpoint, error)
-            self._time(race)
+            self._time(race, has_delivered=False)
             return prize.endpoint, self._take_over(race, prize)
         finally:
             race.end()
@@ -522,7 +522,7 @@ class Fetcher:
                 self._races.discard(race)
             if race.alarm is not None:
                 self._alarms.cancel(race.alarm)
-        self._time(race)
+        self._time(race, has_delivered=True)
         return endpoint, answer
 
     def _ask(self, piece: Piece, lead: Share, endpoint: int) -> Ask:
@@ -564,11 +564,11 @@ class Fetcher:
                 race.pause = pause
                 race.alarm = self._alarms.at(race.began + pause, race, self._is_slow)
 
-    def _time(self, race: Race) -> None:
+    def _time(self, race: Race, *, has_delivered: bool) -> None:
         """Learn from how long the first of a race took, were it cut or not."""
         now, wanted = self._clock(), race.ask.byte_range
         with self._lock:
-            if not race.first.fired.is_set():
+            if has_delivered:
                 self._routes.delivered(race.endpoint, (race.headed or now) - race.began, now)
             if wanted is not None:
                 headed = race.headed or now

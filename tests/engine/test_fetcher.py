@@ -2059,3 +2059,22 @@ def test_the_alarm_of_a_deadline_ends_with_its_load(bench: Callable[..., Bench])
     it.call().answer(OLD)
     assert got(future) == OLD[:CHUNK]
     assert it.fetcher._alarms._times == []
+
+
+def test_who_delivers_just_as_it_is_cut_is_no_probe_any_more(bench: Callable[..., Bench]) -> None:
+    it = bench()
+    future = it.submit(pinned(CHUNK))
+    call = it.call()
+    (race,) = it.fetcher._races
+    health = it.fetcher._routes._health[0]
+    health.failures, health.is_there, health.probing = 1, True, True
+    answered = Answer(HeadInfo(len(OLD), V1), RangeRequest(0, CHUNK), False, 1)
+
+    def last() -> Answer:
+        call._open(answered.head, None)(0, memoryview(OLD)[:CHUNK])
+        race.first.fire()
+        return answered
+
+    call._orders.put(last)
+    assert got(future) == OLD[:CHUNK]
+    assert (health.failures, health.probing) == (0, False)
