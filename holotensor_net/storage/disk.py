@@ -201,7 +201,10 @@ class DiskTier:
         return dropped, freed
 
     def verify(self) -> dict[str, str]:
-        """Drop entries that cannot be read, or whose bytes are damaged or gone; gives their names and fragment ids."""
+        """Drop entries that cannot be read, or whose bytes are damaged or gone; gives their names and fragment ids.
+
+        Blobs without an entry, which a process that was killed between the two has left, go too.
+        """
         broken: dict[str, str] = {}
         sound: dict[tuple[str, int], bool] = {}
         for name in self.entries.names():
@@ -212,9 +215,9 @@ class DiskTier:
             if entry is None or not sound[blob]:
                 self.entries.remove(name)
                 broken[name] = name if entry is None else entry.fragment_id
-        if broken and self._ledger.is_counted:
-            with self._sweeping:
-                self._ledger.recount()
+        with self._sweeping:
+            self._ledger.recount()
+            self._sweep_orphans(Counter(_digest_in(entry) for _, entry in self._all()))
         return broken
 
     def sweep(self) -> None:
