@@ -23,13 +23,15 @@ __all__ = ["DiskTier", "Ledger"]
 _ORPHANED_AFTER = 3600.0  # seconds without a write, for part files of other processes
 _RESUMABLE_FOR = 86400.0  # seconds since a part file that can be resumed was left
 _ENTRY_DUE_WITHIN = 60.0  # seconds from publishing a blob
+_UNKNOWN_SHARE = 8.0
 
 
 class Ledger:
     """Which blobs lie on the disk, and how large they are: counted when that is first asked for, then kept up.
 
-    What other processes do shows at the next count. Blobs that are pinned are being adopted; loose ones have lost an
-    entry. The lock guards the collections.
+    What other processes do shows at the next count. That is due the sooner the more they have been seen to add, and the
+    less room is left, so that all together hardly go beyond the limit; who has seen nobody else counts when the room is
+    used up. Blobs that are pinned are being adopted; loose ones have lost an entry. The lock guards the collections.
     """
 
     def __init__(self, count: Callable[[], Iterable[tuple[str, int]]]) -> None:
@@ -38,6 +40,8 @@ class Ledger:
         self._sizes: dict[str, int] = {}
         self._recent: dict[str, int] = {}
         self._total = 0
+        self._grown = 0  # bytes added since the count
+        self._share = _UNKNOWN_SHARE  # bytes that others add while this process adds one
         self._pins: Counter[str] = Counter()
         self._loose: set[str] = set()
         self._lock = threading.Lock()
@@ -49,18 +53,30 @@ class Ledger:
     def recount(self) -> None:
         """Look at the disk; what is added meanwhile counts too. Not for two threads at once."""
         with self._lock:
-            self._recent = {}
+            self._recent, known = {}, dict(self._sizes)
         counted = dict(self._count())
+        foreign = sum(size for digest, size in counted.items() if digest not in known)
         with self._lock:
+            foreign -= sum(self._recent[digest] for digest in self._recent.keys() & (counted.keys() - known.keys()))
+            if self.is_counted and self._grown:
+                self._share = max(foreign / self._grown, self._share / 2 if foreign else 0.0)
+            self._grown = 0
             self._sizes = {**counted, **self._recent}
             self._total = sum(self._sizes.values())
             self.is_counted = True
 
     def add(self, digest: str, size: int) -> None:
         with self._lock:
-            self._total += size - self._sizes.get(digest, 0)
+            more = size - self._sizes.get(digest, 0)
+            self._total += more
+            self._grown += max(0, more)
             self._sizes[digest] = self._recent[digest] = size
             self._loose.discard(digest)
+
+    def is_due(self, limit: int) -> bool:
+        """Whether, for all that is known, others may have added so much that there are ``limit`` bytes."""
+        with self._lock:
+            return self.is_counted and self._total + 2 * self._share * self._grown > limit
 
     def drop(self, digest: str) -> int:
         """Strike the blob out; gives the size it had."""
@@ -137,6 +153,9 @@ class DiskTier:
         with self._ledger.pinned(digest):
             held = self._publish(name, data, entry)
             self._ledger.add(digest, entry.size)
+            if self._ledger.is_due(self._max_size):
+                with self._sweeping:
+                    self._ledger.recount()
             dropped: list[str] = []
             if self.size() > self._max_size:
                 # A little more than needed, so that not every fragment to come sweeps again.

@@ -176,3 +176,16 @@ def test_blob_of_one_killed_before_its_entry_is_collected_when_it_is_due(tmp_pat
             cache.put("c", bytes(900))
         assert not blob.exists()
         assert cache.get("b") == b"kept"
+
+
+def test_together_they_keep_to_the_limit(tmp_path: Path) -> None:
+    size, most = 1000, 0
+    config = CacheConfig(directory=tmp_path, memory_size=0, max_size=100 * size)
+    caches = [FragmentCache(config) for _ in range(4)]
+    for number in range(250):
+        key = str(number)
+        caches[number % 4].put(key, key.encode().rjust(size))
+        most = max(most, sum(blob.stat().st_size for blob in (tmp_path / "blobs").glob("*/*")))
+    for cache in caches:
+        cache.close()
+    assert 90 * size <= most <= (100 + 4) * size
