@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,6 +66,9 @@ _log = logging.getLogger("holotensor_net.engine")
 
 _WORTH_RELIEF = 1 << 20
 """Bytes of a fragment from which publishing it takes longer than starting another worker."""
+
+_DELIVERED_TOGETHER = 32
+"""Fragments of one piece that are told of at once: the first should not wait for the last to be on the disk."""
 
 _SHORTER_THAN_TO_MOVE = 1.0
 """Seconds of silence that are waited for rather than that a load goes to another endpoint."""
@@ -133,35 +136,50 @@ class Fetcher:
 
     # -- what the loader asks for
 
-    def submit(
-        self, request: LoadRequest, held: Found | None = None, *, shared: bool = True, at_once: bool = True
-    ) -> Future[LoadResult]:
+    def submit(self, request: LoadRequest, held: Found | None = None, *, shared: bool = True) -> Future[LoadResult]:
         """A future for the result. An equal request that is in flight is joined; ``shared``: its future may be given
-        to both, so that whoever cancels it cancels it for all. Not ``at_once``: more is coming that may be joined with
-        it, and ``start`` will follow. Raises Cancelled once closed."""
-        may_resume = held is None and self._cache.has_part(request)
+        to both, so that whoever cancels it cancels it for all. Raises Cancelled once closed."""
+        [future] = self.submit_all([(request, held)], shared=shared)
+        self._spawn()
+        return future
+
+    def submit_all(
+        self, asked: Sequence[tuple[LoadRequest, Found | None]], *, shared: bool = True
+    ) -> list[Future[LoadResult]]:
+        """:meth:`submit` for each, without a beginning: more may come that is joined with these, and ``start`` will
+        follow."""
+        may_resume = [held is None and self._cache.has_part(request) for request, held in asked]
         now = self._clock()
+        futures, opened = [], []
         with self._lock:
             if self._closing.is_set():
                 raise Cancelled("the loader is closed: make a new one")
-            load = self._books.find(request)
-            if load is not None:
-                return self._join(load, request, now, shared)
-            load = self._books.open(request, held, now, whole=self._recovery.is_without_ranges)
-            load.may_resume = may_resume and not load.whole
-            future = self._wait_for(load, request, now, shared)
+            for (request, held), is_begun in zip(asked, may_resume, strict=True):
+                load = self._books.find(request)
+                if load is not None:
+                    futures.append(self._join(load, request, now, shared))
+                    continue
+                load = self._books.open(request, held, now, whole=self._recovery.is_without_ranges)
+                load.may_resume = is_begun and not load.whole
+                opened.append(load)
+                futures.append(self._wait_for(load, request, now, shared))
         try:
-            if load.is_repeated and self._is_there(load):
-                return future
-            # One piece, for the worker that is to find out how much of it is left.
-            in_one = load.whole or load.may_resume
-            self._scheduler.push(load.fragment, alone=held is not None or in_one, whole=in_one)
+            self._queue([load for load in opened if not (load.is_repeated and self._is_there(load))])
         except BaseException:  # an interrupt, while the queue was full
-            self._resolve(load, Cancelled("interrupted before it was queued"))
+            for load in opened:
+                self._resolve(load, Cancelled("interrupted before it was queued"))
             raise
-        if at_once or self._scheduler.is_half_full:
+        return futures
+
+    def _queue(self, loads: list[Load]) -> None:
+        """Queue loads; where there is no room for them, work begins, and the caller waits."""
+        entries = [_queued_as(load) for load in loads]
+        left = self._scheduler.push_all(entries)
+        if left or self._scheduler.is_half_full:
             self._spawn()
-        return future
+        for fragment, alone, whole in left:
+            self._scheduler.push(fragment, alone=alone, whole=whole)
+            self._spawn()
 
     def start(self) -> None:
         """Begin with what was not to begin at once."""
@@ -288,18 +306,23 @@ class Fetcher:
 
     def _resolve(self, load: Load, outcome: LoadSuccess | NetworkError) -> None:
         """End a load: everyone who waits for it is told."""
+        self._resolve_all([(load, outcome)])
+
+    def _resolve_all(self, ended: Sequence[tuple[Load, LoadSuccess | NetworkError]]) -> None:
         with self._lock:
-            if load.done:
-                return
-            waiters, ending = self._books.close(load)
-            idle = self._idle_races()
-        self._scheduler.settle(load.fragment, success=isinstance(outcome, LoadSuccess))
-        self._turns.end(load)
-        for waiter in waiters:
-            self._answer(waiter, outcome)
+            closed = [(load, outcome, *self._books.close(load)) for load, outcome in ended if not load.done]
+            idle = self._idle_races() if closed else []
+        self._scheduler.settle_all(
+            [(load.fragment, isinstance(outcome, LoadSuccess)) for load, outcome, _, _ in closed]
+        )
+        for load, outcome, waiters, _ in closed:
+            self._turns.end(load)
+            for waiter in waiters:
+                self._answer(waiter, outcome)
         for race in idle:
             race.stop()
-        ending()
+        for _, _, _, ending in closed:
+            ending()
 
     def _idle_races(self) -> list[Race]:
         """The pieces on their way that nobody wants any more: they are to be cut, lest a server that is silent holds
@@ -720,73 +743,94 @@ class Fetcher:
 
     def _open(self, shares: list[Share], head: HeadInfo) -> Write:
         """Where an answer's bytes go: each load's share to its own place, what lies between to nowhere."""
-        places = [place for share in shares if (place := self._place(share, head)) is not None]
+        spans = [_span(share, head) for share in shares]
+        made: list[Destination | None] = []
+        places: list[tuple[RangeRequest, Destination]] = []
+        try:
+            for share, span in zip(shares, spans, strict=True):
+                made.append(self._made(share, span, head))
+            with self._lock:
+                for share, span, new in zip(shares, spans, made, strict=True):
+                    place = self._place(share, span, head, new)
+                    if place is not None:
+                        places.append(place)
+        finally:
+            used = {id(destination) for _, destination in places}
+            for new in made:
+                if new is not None and id(new) not in used:
+                    new.discard()
         scatter = Scatter(places)
         if head.size is not None:
             return scatter
         is_in_memory = any(isinstance(destination, MemoryPart) for _, destination in places)
         return Bounded(scatter, self._config.memory_budget if is_in_memory else self._config.max_cache_size)
 
-    def _place(self, share: Share, head: HeadInfo) -> tuple[RangeRequest, Destination] | None:
-        """The range of the object that a load wants, and the one place where its bytes go; None if nobody waits."""
+    def _made(self, share: Share, span: RangeRequest, head: HeadInfo) -> Destination | None:
+        """A place for a load's bytes, None if it has one."""
         load, attempt = share.load, share.attempt
-        pinned = load.request.validator
-        if pinned is not None and not pinned.is_strong and contradicts(head.validator, pinned):
-            raise ObjectChanged("the object was replaced: it is not the version that was asked for")
-        wanted = _wanted(load.request, head)
-        with self._lock:
-            if attempt.destination is not None and attempt.wanted is not None:
-                if attempt.is_resumed:
-                    attempt.head, attempt.is_resumed = head, False
-                return attempt.wanted, attempt.destination
-        is_open_ended = head.size is None and (load.request.byte_range is None or load.request.allow_short)
-        size = None if is_open_ended else wanted.length
-        if load.in_memory:
-            made: Destination = MemoryPart(size, spare=self._config.memory_budget)
-        else:
-            made = self._cache.destination(size, head, load.request, attempt.endpoint or 0)
+        if attempt.destination is not None:
+            return None
+        size = None if _is_open_ended(load.request, head) else span.length
         if "no-store" in head.headers.get("cache-control", "").lower():
             self._turns.end(load)  # there will be nothing to wait for
-        with self._lock:
-            if attempt.destination is None and not attempt.abandoned:
-                attempt.destination, attempt.is_open_ended = made, is_open_ended
-                attempt.head, attempt.wanted, attempt.missing = head, wanted, wanted.length
-            held = load.held
-            if (
-                held is not None
-                and held.endpoint == attempt.endpoint
-                and contradicts(head.validator, held.head.validator)
-            ):
-                load.held = None  # replaced, whatever becomes of the new version
-            wanted, destination = attempt.wanted or wanted, attempt.destination
-        if destination is not made:
-            made.discard()
-        return None if destination is None else (wanted, destination)
+        if load.in_memory:
+            return MemoryPart(size, spare=self._config.memory_budget)
+        return self._cache.destination(size, head, load.request, attempt.endpoint or 0)
+
+    def _place(
+        self, share: Share, span: RangeRequest, head: HeadInfo, made: Destination | None
+    ) -> tuple[RangeRequest, Destination] | None:
+        """The range of the object that a load wants, and the one place where its bytes go, ``made`` if it had none;
+        None if nobody waits. With the lock held."""
+        load, attempt, held = share.load, share.attempt, share.load.held
+        if attempt.destination is not None and attempt.wanted is not None:
+            if attempt.is_resumed:
+                attempt.head, attempt.is_resumed = head, False
+            return attempt.wanted, attempt.destination
+        if attempt.destination is None and made is not None and not attempt.abandoned:
+            attempt.destination, attempt.is_open_ended = made, _is_open_ended(load.request, head)
+            attempt.head, attempt.wanted, attempt.missing = head, span, span.length
+        if held is not None and held.endpoint == attempt.endpoint and contradicts(head.validator, held.head.validator):
+            load.held = None  # replaced, whatever becomes of the new version
+        return None if attempt.destination is None else (attempt.wanted or span, attempt.destination)
 
     def _arrived(self, shares: list[Share], answer: Answer, endpoint: int) -> None:
         """A piece is there: see what each of its loads still lacks."""
         self._heard(endpoint)
+        complete: list[Share] = []
+        rest: list[Share] = []
         with self._lock:
             self._versions.note(shares[0].load.request.path, answer.head.validator, self._clock())
             self._requests += answer.requests
-            complete = [share for share in shares if not share.attempt.abandoned and self._advance(share, answer)]
-        for share in shares:
-            if share not in complete:
-                self._settle(share, answer)
-                self._leave(share)
+            for share in shares:
+                is_all = not share.attempt.abandoned and self._advance(share, answer)
+                (complete if is_all else rest).append(share)
+        for share in rest:
+            self._settle(share, answer)
+        self._leave(rest)
         size = sum(share.attempt.wanted.length for share in complete if share.attempt.wanted is not None)
         with self._relieved() if size >= _WORTH_RELIEF else contextlib.nullcontext():
-            for share in complete:
-                try:
-                    self._complete(share, answer, endpoint)
-                finally:
-                    self._leave(share)
+            for first in range(0, len(complete), _DELIVERED_TOGETHER):
+                self._deliver(complete[first : first + _DELIVERED_TOGETHER], answer, endpoint)
 
-    def _leave(self, share: Share) -> None:
-        """A piece has ended for this load; whoever is the last to leave an attempt that was given up tidies up."""
+    def _deliver(self, complete: list[Share], answer: Answer, endpoint: int) -> None:
+        """Verify and publish what is all there, and tell whoever waits."""
+        ended: list[tuple[Load, LoadSuccess]] = []
+        try:
+            for share in complete:
+                outcome = self._complete(share, answer, endpoint)
+                if outcome is not None:
+                    ended.append((share.load, outcome))
+        finally:
+            self._resolve_all(ended)
+            self._leave(complete)
+
+    def _leave(self, shares: list[Share]) -> None:
+        """A piece has ended for these loads; whoever is the last to leave an attempt that was given up tidies up."""
         with self._lock:
-            ending = share.attempt.leave()
-        ending()
+            endings = [share.attempt.leave() for share in shares]
+        for ending in endings:
+            ending()
 
     def _settle(self, share: Share, answer: Answer) -> None:
         """What a piece has brought will not change any more, if others may add to it."""
@@ -847,11 +891,11 @@ class Fetcher:
         attempt.wanted = RangeRequest(min(wanted.start, size), min(wanted.stop, size))
         return True
 
-    def _complete(self, share: Share, answer: Answer, endpoint: int) -> None:
-        """All pieces are there: verify, publish, and tell whoever waits."""
+    def _complete(self, share: Share, answer: Answer, endpoint: int) -> LoadSuccess | None:
+        """All pieces of a load are there: verify and publish it. None if that failed, and has been seen to."""
         load = share.load
         try:
-            outcome = self._confirmed(load, answer) if answer.not_modified else self._verified(share, endpoint)
+            return self._confirmed(load, answer) if answer.not_modified else self._verified(share, endpoint)
         except NetworkError as error:
             share.attempt.is_sound = False
             if error.url is None:
@@ -860,8 +904,7 @@ class Fetcher:
             with self._lock:
                 self._report(endpoint, error)
             self._recover(share, error, endpoint)
-        else:
-            self._resolve(load, outcome)
+            return None
 
     def _confirmed(self, load: Load, answer: Answer) -> LoadSuccess:
         assert load.held is not None
@@ -912,7 +955,7 @@ class Fetcher:
             try:
                 self._recover(share, error, endpoint, shared=len(shares) > 1, outage=outage)
             finally:
-                self._leave(share)
+                self._leave([share])
 
     def _report(self, endpoint: int, error: NetworkError) -> bool:
         """Tell the routes how an endpoint did; True if its loads should wait for it. With the lock held."""
@@ -968,6 +1011,13 @@ def _dropped(known: weakref.ref[Fetcher], fragment: PrioritizedFragment) -> None
         fetcher._resolve(fragment.load, Cancelled("the queue was cleared"))
 
 
+def _queued_as(load: Load) -> tuple[PrioritizedFragment, bool, bool]:
+    """How a load is queued: its fragment, whether alone, and whether in one piece, for the worker that is to find out
+    how much of it is left."""
+    in_one = load.whole or load.may_resume
+    return load.fragment, load.held is not None or in_one, in_one
+
+
 def _ended(known: weakref.ref[Fetcher], waiting: weakref.ref[Waiter], future: Future[LoadResult]) -> None:
     """A future has ended: if that is because it was cancelled, its load may have to be dropped."""
     fetcher, waiter = known(), waiting()
@@ -998,6 +1048,20 @@ def _is_sealed(share: Share) -> bool:
     request = share.load.request
     is_all = share.part.byte_range == (request.byte_range or RangeRequest(0, request.expected_size or 0))
     return request.checksum is not None and is_all
+
+
+def _is_open_ended(request: LoadRequest, head: HeadInfo) -> bool:
+    """Whether nobody knows how many bytes will come for a request."""
+    return head.size is None and (request.byte_range is None or request.allow_short)
+
+
+def _span(share: Share, head: HeadInfo) -> RangeRequest:
+    """The range of the object that a load wants, if the object is one that it may be of."""
+    request = share.load.request
+    pinned = request.validator
+    if pinned is not None and not pinned.is_strong and contradicts(head.validator, pinned):
+        raise ObjectChanged("the object was replaced: it is not the version that was asked for")
+    return _wanted(request, head)
 
 
 def _wanted(request: LoadRequest, head: HeadInfo) -> RangeRequest:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +25,10 @@ __all__ = ["LoaderStats", "NetworkLoader"]
 
 
 _GATHERING = 0.1
-"""Seconds for which what is enqueued together is gathered before it is begun with: a thousand fragments or so."""
+"""Seconds for which what is enqueued together is gathered before it is begun with: some thousand fragments."""
+
+_BATCH = 1024
+"""Fragments that are asked of the cache, and then queued, at one go; so many neighbours are joined in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ class NetworkLoader:
         answer = self._at_once(request)
         if isinstance(answer, LoadSuccess | LoadFailure):
             return answer
-        future = self._fetcher.submit(request, answer, shared=False, at_once=True)
+        future = self._fetcher.submit(request, answer, shared=False)
         try:
             return future.result()
         except BaseException:
@@ -118,35 +121,54 @@ class NetworkLoader:
         ``shared=False``: a future of the caller's own, which nobody else can cancel; the bytes come only once all the
         same. A full queue makes the caller wait. Raises Cancelled once the loader is closed.
         """
-        return self._enqueue(request, shared=shared, at_once=True)
-
-    def _enqueue(self, request: LoadRequest, *, shared: bool, at_once: bool) -> Future[LoadResult]:
         answer = self._at_once(request)
         if answer is None or isinstance(answer, Found):
-            return self._fetcher.submit(request, answer, shared=shared, at_once=at_once)
-        future: Future[LoadResult] = Future()
-        future.set_result(answer)
-        return future
+            return self._fetcher.submit(request, answer, shared=shared)
+        return _done(answer)
 
-    def _at_once(self, request: LoadRequest) -> LoadSuccess | LoadFailure | Found | None:
+    def _enqueue_all(self, requests: Sequence[LoadRequest]) -> Iterator[Future[LoadResult]]:
+        """``enqueue`` for each, but nothing is begun with."""
+        without: set[object] = set()
+        answers = [self._at_once(request, without) for request in requests]
+        asked = [
+            (request, answer)
+            for request, answer in zip(requests, answers, strict=True)
+            if answer is None or isinstance(answer, Found)
+        ]
+        futures = iter(self._fetcher.submit_all(asked))
+        return (next(futures) if answer is None or isinstance(answer, Found) else _done(answer) for answer in answers)
+
+    def _at_once(
+        self, request: LoadRequest, without: set[object] | None = None
+    ) -> LoadSuccess | LoadFailure | Found | None:
         """What can be said without the network: a result, or what the network may confirm."""
         if self._closed:
             raise Cancelled("the loader is closed: make a new one")
         try:
-            return self._from_cache(request)
+            return self._from_cache(request, without)
         except NetworkError as error:  # a path that cannot be asked for
             return LoadFailure(request.fragment_id, error)
 
     def enqueue_many(self, requests: Iterable[LoadRequest]) -> list[Future[LoadResult]]:
         """A future for each request, in their order. The first ones wait a moment for neighbours to be joined with."""
         futures: list[Future[LoadResult]] = []
+        gathered: list[LoadRequest] = []
         begin_at = time.monotonic() + _GATHERING
         try:
             for request in requests:
+                gathered.append(request)
                 is_due = time.monotonic() >= begin_at
-                futures.append(self._enqueue(request, shared=True, at_once=is_due))
+                if is_due or len(gathered) >= _BATCH:
+                    batch, gathered = gathered, []
+                    futures.extend(self._enqueue_all(batch))
                 if is_due:
+                    self._fetcher.start()
                     begin_at = time.monotonic() + _GATHERING
+        except Exception:  # of whoever makes the requests: those that were made before are under way
+            self._enqueue_all(gathered)
+            raise
+        else:
+            futures.extend(self._enqueue_all(gathered))
         finally:
             self._fetcher.start()
         return futures
@@ -220,7 +242,9 @@ class NetworkLoader:
         with self._lock:
             self._streams.add(stream)
 
-    def _from_cache(self, request: LoadRequest) -> LoadSuccess | LoadFailure | Found | None:
+    def _from_cache(
+        self, request: LoadRequest, without: set[object] | None = None
+    ) -> LoadSuccess | LoadFailure | Found | None:
         """A result without the network, or what the cache has that the network may confirm."""
         began = time.monotonic()
         if request.byte_range is not None and not request.byte_range.length:
@@ -229,7 +253,7 @@ class NetworkLoader:
         found = self._requests.find(request)
         data = self._requests.data(found) if found is not None and (found.is_fresh or is_offline) else None
         if data is None:
-            data, found = self._slice_of_whole(request, is_offline) or (None, found)
+            data, found = self._slice_of_whole(request, is_offline, without) or (None, found)
         if data is not None and found is not None:
             with self._lock:
                 self._bytes_cached += len(data)
@@ -239,18 +263,28 @@ class NetworkLoader:
             return LoadFailure(request.fragment_id, _not_cached(request.path), time.monotonic() - began)
         return None if found is None or found.is_fresh else found
 
-    def _slice_of_whole(self, request: LoadRequest, is_offline: bool) -> tuple[memoryview, Found] | None:
-        """The range out of the whole object, if that is cached."""
-        wanted = request.byte_range
-        if wanted is None or request.checksum is not None:
+    def _slice_of_whole(
+        self, request: LoadRequest, is_offline: bool, without: set[object] | None = None
+    ) -> tuple[memoryview, Found] | None:
+        """The range out of the whole object, if that is cached; ``without`` takes note of objects that are not."""
+        wanted, version = request.byte_range, (request.path, request.validator)
+        if wanted is None or request.checksum is not None or (without and version in without):
             return None
         found = self._requests.find(replace(request, byte_range=None, expected_size=None))
         if found is None or not (found.is_fresh or is_offline):
+            if without is not None:
+                without.add(version)
             return None
         data = self._requests.data(found)
         if data is None or (wanted.stop > len(data) and not request.allow_short):
             return None
         return data[wanted.start : wanted.stop], found
+
+
+def _done(answer: LoadResult) -> Future[LoadResult]:
+    future: Future[LoadResult] = Future()
+    future.set_result(answer)
+    return future
 
 
 def _not_cached(path: str) -> OfflineError:

@@ -121,7 +121,7 @@ class RequestCache:
         scopes = [endpoint.scope for endpoint in endpoints]
         self._place = functools.lru_cache(256)(lambda index, path: (endpoints[index].url_of(path), scopes[index]))
         self._clock = clock
-        self._answer: tuple[str, int, _Answer] | None = None  # the one that was kept last
+        self._here = threading.local()  # each thread's last answer: it has others' fragments to keep
         self._sightings: dict[str, _Sighting] = {}
         self._lock = threading.Lock()
 
@@ -306,14 +306,14 @@ class RequestCache:
             return data
 
     def _told_by(self, path: str, endpoint: int, head: HeadInfo) -> _Answer:
-        known = self._answer
+        known: tuple[str, int, _Answer] | None = getattr(self._here, "answer", None)
         if known is not None and known[:2] == (path, endpoint) and known[2].head is head:
             return known[2]
         freshness = Freshness(head.headers)
         url = redact_url(self._place(endpoint, path)[0])
         variant = self._variant(endpoint, freshness.varies_on)
         answer = _Answer(head, url, freshness.headers, variant, freshness.is_storable)
-        self._answer = path, endpoint, answer
+        self._here.answer = path, endpoint, answer
         return answer
 
     def _entry(self, request: LoadRequest, answer: _Answer, wanted: RangeRequest, asked_at: float | None) -> CacheEntry:

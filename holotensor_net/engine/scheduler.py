@@ -6,7 +6,7 @@ import bisect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..config import NetworkConfig, SchedulerConfig
@@ -220,6 +220,20 @@ class Scheduler:
             if not self._closed and fragment.state is not _SETTLED:
                 self._put(fragment, alone=alone, whole=whole)
 
+    def push_all(
+        self, entries: Sequence[tuple[PrioritizedFragment, bool, bool]]
+    ) -> Sequence[tuple[PrioritizedFragment, bool, bool]]:
+        """``push`` for fragments, each with its ``alone`` and ``whole``, without a wait; gives those for which there
+        is no room."""
+        with self._changed:
+            for index, (fragment, alone, whole) in enumerate(entries):
+                if fragment.state is _SETTLED or self._closed:
+                    continue
+                if not self._has_room():
+                    return entries[index:]
+                self._put(fragment, alone=alone, whole=whole)
+            return ()
+
     def enqueue_many(self, requests: Iterable[LoadRequest]) -> list[PrioritizedFragment]:
         """Queue fragments, in order."""
         return [self.enqueue(request) for request in requests]
@@ -317,11 +331,17 @@ class Scheduler:
 
     def settle(self, fragment: PrioritizedFragment, *, success: bool) -> None:
         """The fragment is done with: count it, and drop what is left of it."""
+        self.settle_all([(fragment, success)])
+
+    def settle_all(self, ended: Iterable[tuple[PrioritizedFragment, bool]]) -> None:
+        """``settle`` for fragments, each with its ``success``."""
         with self._changed:
-            was_queued = self._drop(fragment)
-            fragment.state = _SETTLED
-            self._completed += success
-            self._failed += not success
+            was_queued = False
+            for fragment, success in ended:
+                was_queued |= self._drop(fragment)
+                fragment.state = _SETTLED
+                self._completed += success
+                self._failed += not success
             if was_queued:
                 self._changed.notify_all()
             self._room.notify_all()

@@ -305,9 +305,7 @@ class FragmentCache:
     def _keep(self, key: str, entry: CacheEntry, view: memoryview, data: PartFile | memoryview) -> memoryview:
         """Let both tiers take the bytes, as far as they may and can."""
         name, now = name_of(key), self._clock()
-        received = now if entry.received_at is None else entry.received_at
-        requested = received if entry.requested_at is None else entry.requested_at
-        entry = replace(entry, cached_at=now, last_accessed=now, received_at=received, requested_at=requested)
+        entry = entry.stored(now)
         if not entry.freshness.is_storable:
             self.remove(key)
             return view

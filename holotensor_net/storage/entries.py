@@ -88,6 +88,15 @@ class CacheEntry:
         """How dispensable it is: seconds without use over the number of uses. The highest goes first."""
         return (max(0.0, now - self.last_accessed) + 1.0) / (1.0 + self.access_count)
 
+    def stored(self, now: float) -> CacheEntry:
+        """This entry as it is put into the cache; nothing is checked again, which most of ``replace`` would be."""
+        received = now if self.received_at is None else self.received_at
+        requested = received if self.requested_at is None else self.requested_at
+        times = {"cached_at": now, "last_accessed": now, "received_at": received, "requested_at": requested}
+        entry = object.__new__(CacheEntry)
+        entry.__dict__.update(self.__dict__, **times)
+        return entry
+
     def used(self, count: int, last: float) -> CacheEntry:
         """This entry after ``count`` more uses, the last of them at ``last``."""
         return replace(self, access_count=self.access_count + count, last_accessed=max(self.last_accessed, last))

@@ -155,8 +155,7 @@ class Freshness:
     @property
     def varies_on(self) -> frozenset[str]:
         """Names of the request's headers that the answer depends on, in lower case; ``*``: on more than these."""
-        names = self.headers.get("vary", "").lower().split(",")
-        return frozenset(name.strip(" \t") for name in names) - {""}
+        return _names(self.headers.get("vary", ""))
 
     @property
     def is_storable(self) -> bool:
@@ -226,6 +225,12 @@ class Freshness:
         if not is_sound:
             raise CacheError("the stored headers of an answer are damaged: remove the cache entry, and fetch it again")
         return cls(headers, asked, came)
+
+
+@functools.lru_cache(64)
+def _names(text: str) -> frozenset[str]:
+    """The names in a list of them, in lower case."""
+    return frozenset(name.strip(" \t") for name in text.lower().split(",")) - {""}
 
 
 class _Kept(dict[str, str]):

@@ -1452,6 +1452,7 @@ def test_an_interrupt_while_the_queue_is_full_leaves_no_load_behind(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
+        patched.setattr(it.scheduler, "push_all", lambda entries: entries)
         patched.setattr(it.scheduler, "push", interrupted)
         with pytest.raises(KeyboardInterrupt):
             it.submit(LoadRequest("id", "file"))

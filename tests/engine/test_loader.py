@@ -155,6 +155,29 @@ def test_what_is_enqueued_together_is_asked_for_together(
     assert loader.stats().requests == 1
 
 
+def test_equal_requests_of_one_batch_share_a_future(make: Make, served: Callable[..., Origin]) -> None:
+    first, second, other = make(served().url).enqueue_many([REQUEST, REQUEST, LoadRequest("other", "file")])
+    assert first is second
+    assert got(first) == got(other) == DATA
+
+
+def test_the_whole_object_is_looked_for_once_for_a_batch_of_its_parts(
+    make: Make, served: Callable[..., Origin], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make(served().url)
+    asked: list[RangeRequest | None] = []
+    find = loader._requests.find
+
+    def counted(request: LoadRequest) -> Any:
+        asked.append(request.byte_range)
+        return find(request)
+
+    monkeypatch.setattr(loader._requests, "find", counted)
+    parts = [LoadRequest(f"{n}", "file", byte_range=(n, n + 1)) for n in range(20)]
+    assert b"".join(map(got, loader.enqueue_many(parts))) == DATA[:20]
+    assert asked.count(None) == 1
+
+
 def test_what_was_enqueued_before_a_defect_arrives(make: Make, served: Callable[..., Origin]) -> None:
     loader = make(served().url)
 

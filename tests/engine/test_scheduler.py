@@ -451,6 +451,16 @@ def test_a_full_queue_that_closes_lets_go_of_who_waits() -> None:
     assert (queue.queue_len, queue.next()) == (0, None)
 
 
+def test_of_many_those_without_room_are_given_back_at_once() -> None:
+    queue = scheduler(queue_limit=2)
+    entries = [(PrioritizedFragment(LoadRequest(name, name)), False, False) for name in "abc"]
+    assert queue.push_all(entries) == entries[2:]
+    queue.settle_all([(entries[2][0], False), (entries[0][0], True)])
+    assert (queue.queue_len, queue.completed, queue.failed) == (1, 1, 1)
+    assert queue.push_all(entries[2:]) == ()  # nobody wants it any more
+    assert [piece.fragment_id for piece in drain(queue)] == ["b"]
+
+
 def test_whoever_was_given_up_while_the_queue_was_full_waits_no_longer() -> None:
     queue = scheduler(queue_limit=1)
     queue.enqueue(LoadRequest("a", "a"))
