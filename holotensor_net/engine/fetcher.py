@@ -525,6 +525,7 @@ class Fetcher:
                 on_bytes=lambda size: self._pace(size, piece, patience, endpoint),
                 on_retry=self._note_retry,
                 interrupt=race.first,
+                window=partial(self._scheduler.window, piece),
             )
             if race.is_doubled:
                 self._check_sealed(shares)

@@ -30,7 +30,8 @@ _CHANGE = 0.2  # of a logarithm: a rate so different is another path
 _PATIENCE = 20  # intervals in which a higher number may fail to come into use
 _RETRY = 15.0  # seconds before a number that was refused is tried again
 _LONGEST_RETRY = 300.0
-_ENOUGH_BYTES = 128 * 1024  # of a sample; reads come in lumps
+_ENOUGH_BYTES = 128 * 1024  # of a sample
+_ENOUGH_LUMPS = 8  # of a sample
 _ENOUGH_SECONDS = 1.0
 
 
@@ -73,7 +74,8 @@ class Interval:
 
     ``active``: connections in use, on average. ``saturated``: whether work was waiting, so that their number was what
     limited it. ``refusals``: answers that asked for less (429, 503), and timeouts. ``round_trip``: the least seconds
-    from a question to its answer that were seen; 0 if none has been yet.
+    from a question to its answer that were seen; 0 if none has been yet. ``lump``: bytes of a read, on average over
+    the bytes.
     """
 
     seconds: float
@@ -82,6 +84,7 @@ class Interval:
     saturated: bool
     refusals: int = 0
     round_trip: float = 0.0
+    lump: float = 0.0
 
 
 class ConcurrencyController:
@@ -178,6 +181,7 @@ class ConcurrencyController:
             if is_first or latest - self._base_rate.value > _LEAST_SHARE * proportional + _DOUBT:
                 self._climb_on(latest)
             else:
+                self._more_in = _MORE_EVERY  # more has just been tried
                 self._rest()
 
     def _climb_on(self, rate: float) -> None:
@@ -374,7 +378,8 @@ class _Sampler:
         self._has_begun = True
         self._seconds += interval.seconds
         self._bytes += interval.bytes
-        is_enough = self._bytes >= _ENOUGH_BYTES or self._seconds >= _ENOUGH_SECONDS
+        enough = max(_ENOUGH_BYTES, _ENOUGH_LUMPS * interval.lump)
+        is_enough = self._bytes >= enough or self._seconds >= _ENOUGH_SECONDS
         if not is_enough or self._bytes <= 0 or self._seconds <= 0:
             return None
         rate = self._bytes / self._seconds

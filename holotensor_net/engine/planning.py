@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from ..errors import ConfigurationError
 from ..values import RangeRequest
 
-__all__ = ["coalesce", "gap_worth_reading", "join_neighbours", "piece_worth_asking", "split"]
+__all__ = ["coalesce", "gap_worth_reading", "join_neighbours", "piece_worth_asking", "split", "window_worth_filling"]
 
-_PIECE_SECONDS = 1.0
+_PIECE_SECONDS = 0.2
 _PIECE_ROUND_TRIPS = 20.0
 _SMALLEST_PIECE = 64 * 1024
 _FIRST_PIECE = 256 * 1024
 _LONG_PIECE = 4 * 1024 * 1024
-_LONG_PIECE_SECONDS = 0.2
+_WINDOW_ROUND_TRIPS = 2.0
+_WINDOW_SECONDS = 0.008  # that a reader may be late
+_SMALLEST_WINDOW = 128 * 1024
 
 
 def split(byte_range: RangeRequest, piece_size: int) -> Iterator[RangeRequest]:
@@ -63,14 +65,26 @@ def gap_worth_reading(round_trip: float, rate: float) -> int:
 
 
 def piece_worth_asking(round_trip: float, rate: float, *, most: int) -> int:
-    """The bytes of a piece for a connection of ``rate`` bytes/s: about a second's, so that connections come free and
-    are given to others in time, but twenty round trips' at least, as each piece costs one; above 4 MiB only what passes
-    in a fifth of one, and 256 KiB while the rate is unknown; ``most`` at most."""
-    length = rate * max(_PIECE_SECONDS, _PIECE_ROUND_TRIPS * round_trip)
+    """The bytes of a piece for a connection of ``rate`` bytes/s: about a fifth of a second's, so that connections come
+    free and are given to others in time; but up to 4 MiB no fewer than pass in twenty round trips, as each piece costs
+    one; and 256 KiB while the rate is unknown; ``most`` at most."""
+    length = rate * _PIECE_SECONDS
     if not 0 < length < math.inf:
         return min(most, _FIRST_PIECE)
-    longest = max(_LONG_PIECE, int(rate * _LONG_PIECE_SECONDS))
-    return min(most, longest, max(_SMALLEST_PIECE, int(length)))
+    at_least = rate * _PIECE_ROUND_TRIPS * round_trip if round_trip > 0 else 0.0
+    return min(most, int(max(_SMALLEST_PIECE, length, min(_LONG_PIECE, at_least))))
+
+
+def window_worth_filling(round_trip: float, rate: float, *, connections: int) -> int | None:
+    """The bytes that each of so many connections may have on the way and unread, so that together they fill a path of
+    ``rate`` bytes/s and hold up little of what comes after them; None while either is unknown.
+
+    Twice what a round trip takes: where the window itself is what limits the rate, it doubles until it does not.
+    """
+    length = rate * (_WINDOW_ROUND_TRIPS * round_trip + _WINDOW_SECONDS)
+    if not (round_trip > 0 and 0 < length < math.inf):
+        return None
+    return max(_SMALLEST_WINDOW, int(length / max(1, connections)))
 
 
 def join_neighbours(anchor: RangeRequest, others: Sequence[RangeRequest], *, max_gap: int, max_length: int) -> range:

@@ -14,7 +14,7 @@ from ..errors import ConfigurationError, Timeout
 from ..values import LoadRequest, Priority, RangeRequest, Validator
 from .bandwidth import BandwidthMonitor
 from .pacing import ConcurrencyController, Interval, RateBudget
-from .planning import gap_worth_reading, join_neighbours, piece_worth_asking, split
+from .planning import gap_worth_reading, join_neighbours, piece_worth_asking, split, window_worth_filling
 from .priority import PrioritizedFragment, PriorityQueue
 
 __all__ = ["Part", "Piece", "Plan", "Scheduler", "SchedulerStats"]
@@ -188,6 +188,7 @@ class Scheduler:
         self._urgent = 0  # pieces of level CRITICAL in flight
         self._urgent_at = clock()  # when the last byte of theirs came
         self._is_urgent_queued = False
+        self._has_been_urgent = False
         self._begin_interval(clock())
 
     # -- in
@@ -354,15 +355,20 @@ class Scheduler:
                 self._urgent_at = now
             self._account(now)
             self._bytes += size
+            self._squares += size * size
             self._total_bytes += size
             self._budget.spend(size, now)
             self._revise(now)
             return self._budget.delay(now)
 
+    def gives_way(self, piece: Piece) -> bool:
+        """Whether ``give_way`` might have to wait."""
+        return self._urgent > 0 and not _is_urgent(piece)
+
     def give_way(self, piece: Piece) -> None:
         """Wait, before a piece is asked for and before each read, while one of level CRITICAL comes in: half a second
         at most."""
-        if not self._urgent:
+        if not self.gives_way(piece):
             return
         with self._changed:
             now = self._clock()
@@ -371,6 +377,17 @@ class Scheduler:
                 self._is_disturbed = True
                 self._calm.wait(end - now)
                 now = self._clock()
+
+    def window(self, piece: Piece) -> int | None:
+        """Bytes of a piece that may be on the way and unread; None for any number.
+
+        Whoever pauses stops reading, but the kernel goes on receiving until its buffer is full. So work of low priority
+        has little room there, and once anything was CRITICAL, all has that would have to give way.
+        """
+        if _is_urgent(piece) or (piece.priority < Priority.LOW and not self._has_been_urgent):
+            return None
+        monitor = self.monitor
+        return window_worth_filling(monitor.round_trip, monitor.current_bandwidth, connections=self._active)
 
     # -- what is going on
 
@@ -552,6 +569,7 @@ class Scheduler:
         if fragment.priority == Priority.CRITICAL:
             self._urgent += 1
             self._urgent_at = now
+            self._has_been_urgent = True
             following = self._queue.peek()
             self._is_urgent_queued = following is not None and following.priority == Priority.CRITICAL
             self._is_disturbed |= self._active > self._urgent
@@ -629,7 +647,7 @@ class Scheduler:
         """What is counted from here on: until the next revision."""
         self._began = self._accounted = now
         self._busy = 0.0
-        self._bytes = 0
+        self._bytes = self._squares = 0
         self._refusals = 0
         self._saturated = False
         self._is_disturbed = False  # some have given way: what is measured is not the path
@@ -658,6 +676,7 @@ class Scheduler:
                     saturated=self._saturated and not self._is_disturbed,
                     refusals=self._refusals,
                     round_trip=self.monitor.round_trip,
+                    lump=self._squares / self._bytes if self._bytes else 0.0,
                 )
             )
             if self.limit > before:

@@ -204,12 +204,14 @@ class HttpClient:
         on_retry: Callable[[NetworkError], None] = lambda _: None,
         compressed: bool = False,
         interrupt: Interrupt | None = None,
+        window: Callable[[], int | None] | None = None,
     ) -> Answer:
         """Move what ``ask`` names into the sink, however many requests it takes; the engine's door.
 
         ``on_bytes`` is told of every block as it arrives, and may wait (a rate limit) or raise; ``on_retry`` of every
         failure that is followed by another attempt. ``interrupt`` cuts the transfer's connections; its event belongs
-        into ``patience``, which says in what error that ends. Raises ObjectChanged when the version moves under the
+        into ``patience``, which says in what error that ends. ``window`` says how many bytes may come ahead of being
+        read, None for any number; it is asked again and again. Raises ObjectChanged when the version moves under the
         transfer, RangeNotSupported for a 200 to a range, ConfigurationError for an empty range, RetriesExhausted, and
         the rest of the tree.
         """
@@ -231,7 +233,7 @@ class HttpClient:
                     )
             raise ProtocolError("the server keeps sending less than it was asked for")
 
-        with self._told_where(ask.path, wanted), self._sockets.interruptible(interrupt):
+        with self._told_where(ask.path, wanted), self._sockets.interruptible(interrupt, window):
             if wanted is not None and not wanted.length:
                 raise ConfigurationError("HTTP cannot ask for an empty range: ask for one byte or more")
             retrying(self.config.retry, patience, may_retry=allowance.pays, on_retry=on_retry)(attempt)

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -41,6 +42,8 @@ _LONGEST_LINE = 1 << 16
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")  # RFC 9112 §7.1
 _LONGEST = 1e6  # seconds; beyond some 1e9, settimeout raises OverflowError
 _HARDLY = 0.05  # seconds
+_WIDE = 8 << 20  # bytes of a receive buffer, enough for any path
+_ACCOUNTED = 2 if sys.platform == "linux" else 1  # socket(7): SO_RCVBUF is doubled, for the kernel's own bookkeeping
 _UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 
@@ -48,6 +51,7 @@ class _Own(threading.local):
     """What belongs to one thread."""
 
     seconds: Callable[[], float] = staticmethod(lambda: _LONGEST)
+    window: Callable[[], int | None] | None = None
     interrupt: Interrupt | None = None
 
 
@@ -93,6 +97,8 @@ class LiveSockets:
         self.clock = clock
         self._lock = threading.Lock()
         self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._buffers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # of sockets that have a bound
+        self._widest = _WIDE  # that may be asked for, as far as is known
         self._aborted = False
         self._own = _Own()
 
@@ -106,13 +112,16 @@ class LiveSockets:
             self._own.interrupt.add(sock)
 
     @contextlib.contextmanager
-    def interruptible(self, interrupt: Interrupt | None) -> Iterator[None]:
-        """Let ``interrupt`` cut what this thread opens or uses within the block."""
-        self._own.interrupt = interrupt
+    def interruptible(
+        self, interrupt: Interrupt | None, window: Callable[[], int | None] | None = None
+    ) -> Iterator[None]:
+        """Let ``interrupt`` cut what this thread opens or uses within the block, and ``window`` say, before each read,
+        how many bytes may come ahead of it; None for as many as the kernel likes."""
+        self._own.interrupt, self._own.window = interrupt, window
         try:
             yield
         finally:
-            self._own.interrupt = None
+            self._own.interrupt = self._own.window = None
             if interrupt is not None:
                 interrupt.let_go()
 
@@ -127,6 +136,25 @@ class LiveSockets:
             raise TimeoutError("no time is left")
         return seconds
 
+    def fit(self, sock: Any) -> bool:
+        """Have the kernel take as many bytes ahead of this thread's reads as its transfer wants; False if it may not.
+
+        The kernel sizes a buffer as it sees fit, up to many megabytes, until it is told a size, and then never again.
+        So none is bounded that would have to be larger than may be asked for.
+        """
+        window = self._own.window() if self._own.window is not None else None
+        with self._lock:
+            has, widest = self._buffers.get(sock), self._widest
+        if has is None and (window is None or window > widest):
+            return True
+        wanted = min(_WIDE, window or _WIDE)
+        if has is None or not wanted <= has <= 1.25 * wanted:
+            has = _resize(sock, wanted)
+            with self._lock:
+                self._buffers[sock] = has
+                self._widest = min(widest, has) if has < wanted else widest
+        return has >= wanted
+
     def abort(self) -> None:
         """Wake every thread that waits on one of the sockets, now; no new ones are made."""
         with self._lock:
@@ -134,6 +162,15 @@ class LiveSockets:
             sockets = list(self._open)
         for sock in sockets:
             _shut_down(sock)
+
+
+def _resize(sock: Any, size: int) -> int:
+    """Bound what waits in the kernel to be read to ``size`` bytes; gives the bound that it has now."""
+    plain = getattr(sock, "socket", sock)
+    with contextlib.suppress(OSError):
+        socket.socket.setsockopt(plain, socket.SOL_SOCKET, socket.SO_RCVBUF, size // _ACCOUNTED)
+        return socket.socket.getsockopt(plain, socket.SOL_SOCKET, socket.SO_RCVBUF)
+    return size  # it is gone, and nobody will read from it
 
 
 def _shut_down(sock: Any) -> None:
@@ -180,6 +217,7 @@ class _Incoming(io.RawIOBase):
             return 0
         began = self._sockets.clock()
         self._bound(self._sockets.left())
+        self._sockets.fit(self._sock)
         count = self._raw.readinto(buffer) or 0
         if not count and not self._may_end:
             raise ConnectionResetError("the connection was cut in the middle of the answer")
@@ -325,6 +363,11 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
 
         def _new_conn(self) -> socket.socket:
             return _connect(self, sockets)
+
+        @property
+        def is_connected(self) -> bool:
+            """Whether it may be used again: it is open, and its receive buffer as large as is wanted now."""
+            return super().is_connected and sockets.fit(self.sock)
 
         def getresponse(self) -> Any:
             if self.sock is not None:

@@ -162,7 +162,15 @@ class Line:
         self._calls = calls
 
     def transfer(
-        self, ask: Ask, open_sink: Any, patience: Any, *, on_bytes: Any, on_retry: Any, interrupt: Any
+        self,
+        ask: Ask,
+        open_sink: Any,
+        patience: Any,
+        *,
+        on_bytes: Any,
+        on_retry: Any,
+        interrupt: Any,
+        window: Any = None,
     ) -> Answer:
         call = Call(self._endpoint, ask, open_sink, patience, on_bytes)
         self._calls.put(call)

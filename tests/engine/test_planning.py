@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holotensor_net.engine.planning import coalesce, gap_worth_reading, join_neighbours, piece_worth_asking, split
+from holotensor_net.engine.planning import (
+    coalesce,
+    gap_worth_reading,
+    join_neighbours,
+    piece_worth_asking,
+    split,
+    window_worth_filling,
+)
 from holotensor_net.values import RangeRequest
 
 R = RangeRequest
@@ -125,20 +132,19 @@ def test_a_gap_is_worth_what_passes_in_a_round_trip(round_trip, rate, gap):
 @pytest.mark.parametrize(
     ("round_trip", "rate", "length"),
     [
-        (0.02, 1e6, 1_000_000),  # a second's
-        (0.3, 1e5, 600_000),  # twenty round trips'
+        (0.005, 1e6, 200_000),  # a fifth of a second's
+        (0.02, 1e6, 400_000),  # twenty round trips'
         (0.3, 1e6, 4 << 20),
-        (0.02, 2e7, 4 << 20),
-        (0.02, 3e7, 6_000_000),  # a fifth of a second's
+        (0.02, 3e7, 6_000_000),
         (0.02, 1e9, 8_000_000),
         (0.02, 1.0, 64 * 1024),
-        (0.0, 1e6, 1_000_000),
+        (0.0, 1e6, 200_000),
         (0.02, 0.0, 256 * 1024),
         (0.02, math.inf, 256 * 1024),
-        (math.nan, 1e6, 1_000_000),
+        (math.nan, 1e6, 200_000),
     ],
 )
-def test_a_piece_takes_a_second_or_twenty_round_trips_and_a_long_one_less(round_trip, rate, length):
+def test_a_piece_takes_a_fifth_of_a_second_or_twenty_round_trips(round_trip, rate, length):
     assert piece_worth_asking(round_trip, rate, most=8_000_000) == length
     assert piece_worth_asking(round_trip, rate, most=1000) == 1000
 
@@ -190,3 +196,20 @@ def test_what_is_joined_is_dense_short_enough_and_cannot_grow(ranges, pick, max_
             other = ranges[index]
             gap = max(other.start - stop, start - other.stop)
             assert gap > max_gap or max(stop, other.stop) - min(start, other.start) > max_length
+
+
+@pytest.mark.parametrize(
+    ("round_trip", "rate", "connections", "window"),
+    [
+        (0.001, 50e6, 1, 500_000),
+        (0.001, 50e6, 2, 250_000),
+        (0.096, 50e6, 2, 5_000_000),
+        (0.096, 50e6, 0, 10_000_000),
+        (0.001, 50e6, 100, 128 * 1024),
+        (0.0, 50e6, 1, None),
+        (0.1, 0.0, 1, None),
+        (math.nan, 50e6, 1, None),
+    ],
+)
+def test_a_window_holds_what_fills_the_path_and_little_more(round_trip, rate, connections, window):
+    assert window_worth_filling(round_trip, rate, connections=connections) == window

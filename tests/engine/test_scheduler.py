@@ -834,14 +834,14 @@ def test_short_neighbours_are_joined_whole_however_slow_the_path() -> None:
     assert queue.queue_len == 0
 
 
-def test_the_longest_pieces_of_a_slow_connection_take_a_second() -> None:
+def test_the_longest_pieces_of_a_slow_connection_take_a_fifth_of_a_second() -> None:
     clock = Clock()
     queue = scheduler(clock, monitor_bandwidth=True, chunk_size=1 << 20)
     fragment = queue.enqueue(part_of("a", 0, 8 << 20, validator=PINNED))
     first = queue.next()
     assert first is not None
     assert first.byte_range.length == 256 * 1024  # nothing is known yet
-    queue.monitor.record(200_000, 1.0)
+    queue.monitor.record(1_000_000, 1.0)
     second = queue.next()
     assert second is not None
     assert 190_000 <= second.byte_range.length <= 200_000
@@ -851,6 +851,33 @@ def test_the_longest_pieces_of_a_slow_connection_take_a_second() -> None:
     assert second.byte_range.stop == third.byte_range.start
     assert (1 << 20) * 0.9 <= third.byte_range.length <= 1 << 20
     queue.settle(fragment, success=False)
+
+
+@pytest.mark.parametrize("level", Priority)
+def test_low_levels_have_little_room_in_the_kernel(level: Priority) -> None:
+    queue = scheduler(Clock())
+    queue.enqueue(part_of("a", 0, CHUNK, priority=level))
+    piece = queue.next()
+    assert piece is not None
+    assert queue.window(piece) is None  # nothing is known yet
+    queue.monitor.record(50_000_000, 1.0)
+    queue.monitor.record_round_trip(0.001)
+    assert (queue.window(piece) is not None) == (level >= Priority.LOW)
+
+
+def test_where_something_was_critical_all_other_levels_have_little_room() -> None:
+    queue = scheduler(Clock(), max_concurrent=2)
+    queue.monitor.record(50_000_000, 1.0)
+    queue.monitor.record_round_trip(0.001)
+    queue.enqueue(part_of("a", 0, CHUNK, priority=Priority.HIGH))
+    queue.enqueue(LoadRequest("urgent", "urgent", priority=Priority.CRITICAL))
+    urgent, high = queue.next(), queue.next()
+    assert urgent is not None
+    assert high is not None
+    assert queue.window(urgent) is None
+    assert queue.window(high) == 250_000  # there are two
+    queue.update_priority("urgent", Priority.LOW)
+    assert queue.window(urgent) == 250_000
 
 
 # --- everything at once

@@ -5,6 +5,7 @@ import gc
 import http.client
 import itertools
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from urllib3.exceptions import (
 )
 from wire import END, HOLD, RESET, Wire, answer, black_hole, chunked, closed_port, drip, write_certificate
 
+from holotensor_net.transport import sockets
 from holotensor_net.transport.sockets import SLOWEST, Interrupt, LiveSockets, pool_classes
 
 Open = Callable[..., Any]
@@ -561,6 +563,54 @@ def test_what_came_is_given_without_waiting_for_more(open_pool: Open, live: Live
         more.set()
         assert read_into(response, place, at) == 90_000
         assert place == b"x" * 1000 + b"y" * 89_000
+
+
+def unread(response: Any, live: LiveSockets, window: int | None) -> int:
+    """Bytes that come, until no more do, after some reads of a thread that wants ``window`` of them ahead."""
+    with live.interruptible(None, lambda: window):
+        for _ in range(4):
+            assert response._original_response.readinto1(bytearray(1 << 20))
+        sock = response._original_response._incoming._sock
+        waiting, before = 0, -1
+        while waiting != before:
+            time.sleep(0.1)
+            before, waiting = waiting, len(sock.recv(1 << 25, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    return waiting
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a bound counts is the kernel's affair")
+def test_no_more_bytes_wait_to_be_read_than_a_transfer_wants(open_pool: Open, live: LiveSockets) -> None:
+    data = bytes(32 << 20)
+    with Wire([answer(data)]) as wire:
+        pool, window = open_pool(live, wire.port), 256 * 1024
+        with live.interruptible(None, lambda: window):
+            bounded = get(pool)
+        assert unread(bounded, live, window) <= window
+        assert window < unread(bounded, live, 4 * window) <= 4 * window  # raised
+
+
+def test_a_connection_too_narrow_for_what_comes_next_is_not_used_again(
+    open_pool: Open, live: LiveSockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize = sockets._resize
+    monkeypatch.setattr(sockets, "_resize", lambda sock, size: resize(sock, min(size, 400_000)))
+    with Wire(*[[answer(b"x")]] * 4) as wire:
+        pool = open_pool(live, wire.port)
+
+        def ask(window: int | None) -> Any:
+            with live.interruptible(None, lambda: window):
+                return get(pool).read()
+
+        for window in (300_000, 200_000, None, 500_000):
+            assert ask(window) == b"x"
+    assert [request.connection for request in wire.requests] == [0, 0, 1, 1]
+
+
+def test_a_socket_that_is_gone_needs_no_room(live: LiveSockets) -> None:
+    with socket.socket() as sock:
+        pass
+    with live.interruptible(None, lambda: 300_000):
+        assert live.fit(sock)
 
 
 def test_bytes_beyond_a_plain_body_are_noticed(open_pool: Open, live: LiveSockets) -> None:
