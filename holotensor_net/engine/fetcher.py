@@ -70,6 +70,9 @@ _WORTH_RELIEF = 1 << 20
 _DELIVERED_TOGETHER = 32
 """Fragments of one piece that are told of at once: the first should not wait for the last to be on the disk."""
 
+_SHORTEST_LOOK = 0.01
+"""Seconds until a piece that rests is looked at again, at least."""
+
 _SHORTER_THAN_TO_MOVE = 1.0
 """Seconds of silence that are waited for rather than that a load goes to another endpoint."""
 
@@ -522,7 +525,7 @@ class Fetcher:
                 race.ask,
                 open_sink,
                 patience,
-                on_bytes=lambda size: self._pace(size, piece, patience, endpoint),
+                on_bytes=lambda size: self._pace(size, piece, patience, race),
                 on_retry=self._note_retry,
                 interrupt=race.first,
                 window=partial(self._scheduler.window, piece),
@@ -596,13 +599,17 @@ class Fetcher:
                 self._routes.delivered(race.endpoint, (race.headed or now) - race.began, now)
             if wanted is not None:
                 headed = race.headed or now
-                self._hedging.measured(race.endpoint, headed - race.began, wanted.length, now - headed)
+                body = now - headed - race.rested
+                self._hedging.measured(race.endpoint, headed - race.began, wanted.length, body)
 
     def _is_slow(self, race: Race) -> None:
         """A piece takes longer than nearly all others did: ask another endpoint too, if that is safe and allowed."""
         now = self._clock()
         with self._lock:
             if race.is_over or self._closing.is_set():
+                return
+            if (left := race.pause - race.seconds(now)) > 0:
+                race.alarm = self._alarms.at(now + max(left, _SHORTEST_LOOK), race, self._is_slow)
                 return
             ask, second = self._as_proven(race, now), self._second(race)
             if ask is not None and second is not None and self._is_worth_asking(second, ask, now):
@@ -654,7 +661,7 @@ class Fetcher:
                 ask,
                 open_sink,
                 patience,
-                on_bytes=lambda size: self._pace(size, None, patience, endpoint),
+                on_bytes=lambda size: patience.sleep(self._note_bytes(size, None, endpoint)),
                 on_retry=self._note_retry,
                 interrupt=race.second,
             )
@@ -715,15 +722,21 @@ class Fetcher:
             clock=self._clock,
         )
 
-    def _pace(self, size: int, piece: Piece | None, patience: Patience, endpoint: int) -> None:
+    def _pace(self, size: int, piece: Piece, patience: Patience, race: Race) -> None:
+        """Bytes of a piece have come: rest, before more are read, for as long as others go first or the rate wants."""
+        delay = self._note_bytes(size, piece, race.endpoint)
+        if delay > 0 or self._scheduler.gives_way(piece):
+            with race.resting(self._clock):
+                self._scheduler.give_way(piece)
+                patience.sleep(delay)
+
+    def _note_bytes(self, size: int, piece: Piece | None, endpoint: int) -> float:
+        """Bytes have come; gives the seconds until more may be read."""
         delay = self._scheduler.record(size, piece)
         self._heard(endpoint)
         if self._workers < self._scheduler.crew:
             self._spawn()
-        if piece is not None:
-            self._scheduler.give_way(piece)
-        if delay > 0:
-            patience.sleep(delay)
+        return delay
 
     def _heard(self, endpoint: int) -> None:
         """The endpoint is there: those who wait for it need not any longer."""

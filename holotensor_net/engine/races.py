@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..errors import ProtocolError
@@ -64,6 +66,8 @@ class Race:
     second: Interrupt = field(default_factory=Interrupt)
     is_doubled: bool = False
     second_ended: threading.Event = field(default_factory=threading.Event)
+    rested: float = 0.0
+    _resting_since: float | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _prize: Prize | None = None
     _is_over: bool = False
@@ -71,6 +75,21 @@ class Race:
     @property
     def is_over(self) -> bool:
         return self._is_over
+
+    @contextlib.contextmanager
+    def resting(self, clock: Callable[[], float]) -> Iterator[None]:
+        """The reader of the first rests."""
+        self._resting_since = began = clock()
+        try:
+            yield
+        finally:
+            self.rested += clock() - began
+            self._resting_since = None
+
+    def seconds(self, now: float) -> float:
+        """For how long it has been under way, without its rests. Another thread may be told a little too much."""
+        since = self._resting_since
+        return (now if since is None else since) - self.began - self.rested
 
     def win(self, prize: Prize) -> bool:
         """The second is there; False if it is too late."""

@@ -21,6 +21,8 @@ from wire import END, HOLD, Act, Request, Wire, answer, part
 from holotensor_net.config import CdnEndpoint, NetworkConfig, RetryConfig
 from holotensor_net.engine.hedging import Hedging, Versions
 from holotensor_net.engine.loader import NetworkLoader
+from holotensor_net.engine.races import Race
+from holotensor_net.transport.client import Ask
 from holotensor_net.values import LoadRequest, RangeRequest, Validator
 
 V1 = Validator('"v1"', None, True)
@@ -369,6 +371,41 @@ def test_no_endpoint_is_asked_for_more_at_once_than_is_allowed(load: Callable[..
         warm(loader)
         assert bytes(loader.load(piece(1000)).data) == right(piece(1000))
         assert loader.stats().hedges == 0
+
+
+@pytest.mark.parametrize("rests", [True, False])
+def test_a_piece_whose_reader_rests_is_not_slow(
+    load: Callable[..., NetworkLoader], monkeypatch: pytest.MonkeyPatch, rests: bool
+) -> None:
+    over = threading.Event()
+
+    def rest(_: object) -> None:
+        over.wait(1.0)
+
+    with Mirror(slow=slow_from(40, 0.0 if rests else over)) as first, Mirror() as second:
+        loader = load(first, second)
+        warm(loader)
+        usual(loader._fetcher._hedging, 128, seconds=0.25)
+        if rests:
+            monkeypatch.setattr(loader.scheduler, "gives_way", lambda _: True)
+            monkeypatch.setattr(loader.scheduler, "give_way", rest)
+        result = loader.load(piece(1000))
+        assert bytes(result.data) == right(piece(1000))
+        assert result.duration >= 0.5
+        assert second.served == loader.stats().hedges == (0 if rests else 1)
+        over.set()
+
+
+def test_rests_do_not_count() -> None:
+    now = 10.0
+    race = Race([], Ask("a"), 0, now)
+    for length in (1.0, 3.0):
+        now += 0.5
+        with race.resting(lambda: now):  # noqa: B023
+            before = race.seconds(now)
+            now += length
+            assert race.seconds(now) == before
+    assert (race.seconds(now), race.rested) == (1.0, 4.0)
 
 
 def test_closing_ends_both_at_once(load: Callable[..., NetworkLoader]) -> None:
