@@ -52,7 +52,7 @@ from .hedging import Hedging, Versions
 from .loads import Attempt, Books, Fragment, Load, Share, Waiter
 from .priority import PrioritizedFragment
 from .races import Private, Prize, Race
-from .recovery import Again, Gone, Moved, Recovery, is_failing, silence_of, summary
+from .recovery import Again, Gone, Moved, Recovery, is_failing, is_refusal, silence_of, summary
 from .request_cache import Destination, Found, RequestCache, Resumed, contradicts
 from .routes import Routes, is_bad_answer, is_unreachable
 from .scheduler import Piece, Scheduler
@@ -69,6 +69,9 @@ _WORTH_RELIEF = 1 << 20
 
 _DELIVERED_TOGETHER = 32
 """Fragments of one piece that are told of at once: the first should not wait for the last to be on the disk."""
+
+_CROWDED = 0.1
+"""Seconds until a piece is asked for again that was refused while the endpoint served others."""
 
 _SHORTEST_LOOK = 0.01
 """Seconds until a piece that rests is looked at again, at least."""
@@ -964,12 +967,22 @@ class Fetcher:
                 self._report(endpoint, error)
                 or (silence_of(error) > _SHORTER_THAN_TO_MOVE and self._alternative(shares, endpoint) is not None)
             )
+            is_crowded = endpoint is not None and is_refusal(error) and self._is_serving(endpoint)
             self._changed.notify_all()
+        if is_refusal(error):
+            self._scheduler.refused()
+        if is_crowded:
+            self._closing.wait(_CROWDED)
         for share in shares:
             try:
-                self._recover(share, error, endpoint, shared=len(shares) > 1, outage=outage)
+                self._recover(share, error, endpoint, shared=len(shares) > 1, outage=outage or is_crowded)
             finally:
                 self._leave([share])
+
+    def _is_serving(self, endpoint: int) -> bool:
+        """Whether the endpoint is answering others: who is refused there was one too many, and is asked for again when
+        fewer are. With the lock held."""
+        return any(race.endpoint == endpoint and race.headed and not race.is_over for race in self._races)
 
     def _report(self, endpoint: int, error: NetworkError) -> bool:
         """Tell the routes how an endpoint did; True if its loads should wait for it. With the lock held."""

@@ -75,7 +75,7 @@ class Interval:
     ``active``: connections in use, on average. ``saturated``: whether work was waiting, so that their number was what
     limited it. ``refusals``: answers that asked for less (429, 503), and timeouts. ``round_trip``: the least seconds
     from a question to its answer that were seen; 0 if none has been yet. ``lump``: bytes of a read, on average over
-    the bytes.
+    the bytes. ``served``: the most connections that had answers at once under this limit; 0 if that is not known.
     """
 
     seconds: float
@@ -85,6 +85,7 @@ class Interval:
     refusals: int = 0
     round_trip: float = 0.0
     lump: float = 0.0
+    served: int = 0
 
 
 class ConcurrencyController:
@@ -143,7 +144,7 @@ class ConcurrencyController:
         """Learn from an interval; gives the limit for the next."""
         self._round_trip = interval.round_trip
         if self._refusals.are_too_many(interval, self.limit, is_trial=self.limit > self._base):
-            self._back_off()
+            self._back_off(interval.served)
         elif interval.saturated and self._is_in_use(interval.active):
             if self._settling > 0:
                 self._settling -= interval.seconds
@@ -303,9 +304,12 @@ class ConcurrencyController:
             self._too_few = self.limit
         self._try_fewer()
 
-    def _back_off(self) -> None:
+    def _back_off(self, served: int) -> None:
+        """To what was served, if that is known to be less; but no lower than half, as not all may have begun yet."""
         if self.limit <= self._base:
             self._base = max(1, min(self._base - 1, self._base * 3 // 4))
+        if served:
+            self._base = max(1, min(self._base, max(served, self._base // 2)))
         self._forget()
         self._fewer_in = _FEWER_AFTER
 

@@ -25,7 +25,7 @@ from ..errors import (
 )
 from .loads import Load
 
-__all__ = ["Again", "Gone", "Moved", "Recovery", "is_failing", "silence_of", "summary"]
+__all__ = ["Again", "Gone", "Moved", "Recovery", "is_failing", "is_refusal", "silence_of", "summary"]
 
 
 class Again(enum.Enum):
@@ -124,6 +124,11 @@ def is_failing(error: NetworkError) -> bool:
     """Whether the error says that a server does not do its work, rather than what it has."""
     last = _last(error)
     return isinstance(last, ConnectionFailed | Timeout) or (isinstance(last, HttpError) and last.status >= 500)
+
+
+def is_refusal(error: NetworkError) -> bool:
+    """Whether the server wants fewer requests, and names no time for which to leave it alone."""
+    return isinstance(_last(error), RateLimited) and not error.retry_after
 
 
 def silence_of(error: NetworkError) -> float:

@@ -185,6 +185,8 @@ class Scheduler:
         self._is_idle = True
         self._calm = threading.Condition(lock)  # for whoever gives way to CRITICAL
         self._in_flight: set[Piece] = set()
+        self._served: set[Piece] = set()  # those of which bytes have come
+        self._most_served = 0  # at once, since the limit was changed
         self._urgent = 0  # pieces of level CRITICAL in flight
         self._urgent_at = clock()  # when the last byte of theirs came
         self._is_urgent_queued = False
@@ -315,6 +317,7 @@ class Scheduler:
             self._account(now)
             self._active -= 1
             self._in_flight.discard(piece)
+            self._served.discard(piece)
             if self._urgent:
                 self._count_urgent()
             # Between two pieces of a lone connection the interval goes on: it would never come to its end.
@@ -353,6 +356,9 @@ class Scheduler:
             now = self._clock()
             if self._urgent and piece is not None and _is_urgent(piece):
                 self._urgent_at = now
+            if piece is not None and piece in self._in_flight:
+                self._served.add(piece)
+                self._most_served = max(self._most_served, len(self._served))
             self._account(now)
             self._bytes += size
             self._squares += size * size
@@ -677,8 +683,11 @@ class Scheduler:
                     refusals=self._refusals,
                     round_trip=self.monitor.round_trip,
                     lump=self._squares / self._bytes if self._bytes else 0.0,
+                    served=self._most_served,
                 )
             )
+            if self.limit != before:
+                self._most_served = len(self._served)
             if self.limit > before:
                 self._changed.notify_all()
         self._begin_interval(now)

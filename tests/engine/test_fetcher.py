@@ -682,6 +682,38 @@ def test_confirmed_bytes_come_from_the_cache(bench: Callable[..., Bench]) -> Non
     assert it.fetcher.stats().confirmed_bytes == 10
 
 
+@pytest.mark.parametrize("error", [RateLimited(), RetriesExhausted(4, RateLimited())])
+def test_who_was_one_too_many_is_asked_for_again(bench: Callable[..., Bench], error: NetworkError) -> None:
+    it = bench()
+    future = it.submit(pinned(2 * CHUNK))
+    first, second = it.call_for(0, CHUNK)
+    is_served = threading.Event()
+    first.do(lambda: first._open(HeadInfo(len(OLD), V1), None))
+    first.do(is_served.set)
+    assert is_served.wait(NEVER)
+    for _ in range(5):
+        second.fail(error)
+        second = it.call()
+    first.answer(OLD)
+    second.answer(OLD)
+    assert got(future) == OLD[: 2 * CHUNK]
+
+
+@pytest.mark.parametrize("error", [RateLimited(), RateLimited(retry_after=0.5), HttpError(500)])
+def test_who_is_refused_alone_or_for_a_time_fails(bench: Callable[..., Bench], error: NetworkError) -> None:
+    it = bench()
+    future = it.submit(pinned(2 * CHUNK))
+    first, second = it.call_for(0, CHUNK)
+    if error.retry_after or not isinstance(error, RateLimited):
+        is_served = threading.Event()
+        first.do(lambda: first._open(HeadInfo(len(OLD), V1), None))
+        first.do(is_served.set)
+        assert is_served.wait(NEVER)
+    second.fail(error)
+    with pytest.raises(type(error)):
+        got(future)
+
+
 def test_only_who_gave_a_validator_is_asked_to_confirm_it(bench: Callable[..., Bench]) -> None:
     it = bench(2)
     first = it.submit(LoadRequest("id", "file"))

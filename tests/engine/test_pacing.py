@@ -374,6 +374,14 @@ def test_refusals_on_the_way_from_before_the_last_step_down_are_not_counted_agai
     assert [controller.revise(storm) for _ in range(10)] == [12] * 10
 
 
+@pytest.mark.parametrize(("served", "limit"), [(0, 8), (6, 6), (1, 4), (8, 8), (20, 8)])
+def test_what_was_served_is_what_remains_of_a_trial_that_is_refused(served, limit):
+    controller = ConcurrencyController(64)
+    while controller.limit < 16:
+        controller.revise(Link(1e12, 20 * MB).interval(controller.limit))
+    assert controller.revise(Interval(0.1, 10**6, 16.0, True, refusals=3, served=served)) == limit
+
+
 def test_refusals_take_the_last_connection_but_one():
     controller = ConcurrencyController(64)
     for _ in range(50):
