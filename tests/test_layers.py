@@ -37,7 +37,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: ("transport/client", "storage/entries", "storage/disk", "storage/cache", "storage/results", "engine/scheduler"),
     3: (
         *("engine/request_cache", "engine/sinks", "engine/loads", "engine/races", "engine/turns"),
-        *("engine/recovery", "engine/fetcher"),
+        *("engine/recovery", "engine/assembly", "engine/courier", "engine/fetcher"),
         *("stream_cache/tiers", "stream_cache/cache"),
     ),
     4: ("engine/loader", "engine/streaming", "storage/library"),
@@ -65,6 +65,8 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("engine/request_cache",),
         ("engine/sinks", "engine/loads"),
         ("engine/races", "engine/recovery", "engine/turns"),
+        ("engine/assembly",),
+        ("engine/courier",),
         ("engine/fetcher",),
     ),
     (("stream_cache/keys",), ("stream_cache/functions",)),

@@ -17,7 +17,7 @@ from .priority import PrioritizedFragment
 from .request_cache import Destination, Found
 from .scheduler import Part
 
-__all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Turn", "Waiter"]
+__all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Turn", "Waiter", "is_sealed"]
 
 
 _MOST_ENDED = 4096
@@ -236,3 +236,10 @@ def _identity(request: LoadRequest) -> object:
         request.expected_size,
         request.allow_short,
     )
+
+
+def is_sealed(share: Share) -> bool:
+    """Whether a piece is all of a fragment whose digest is known, so that its bytes prove themselves."""
+    request = share.load.request
+    is_all = share.part.byte_range == (request.byte_range or RangeRequest(0, request.expected_size or 0))
+    return request.checksum is not None and is_all

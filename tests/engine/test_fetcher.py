@@ -193,7 +193,7 @@ class Bench:
         self.requests = RequestCache(cache, config.endpoints)
         self.fetcher = Fetcher(config, self.scheduler, self.requests)
         self.calls: queue.Queue[Call] = queue.Queue()
-        self.fetcher._clients = [Line(index, self.calls) for index in range(len(config.endpoints))]  # type: ignore[misc]
+        self.fetcher._courier._clients = [Line(index, self.calls) for index in range(len(config.endpoints))]  # type: ignore[misc]
 
     def submit(self, request: LoadRequest, **options: Any) -> Future[LoadResult]:
         return self.fetcher.submit(request, **options)
@@ -1022,13 +1022,13 @@ def test_an_outage_ends_with_the_first_byte_and_not_with_the_last(bench: Callabl
     first = it.submit(LoadRequest("a", "a"))
     it.call().fail(ConnectionFailed("refused"))
     assert first.result(NEVER).error is not None
-    it.fetcher._routes._health[0].failed_at = 0.0
+    it.fetcher._courier._routes._health[0].failed_at = 0.0
     probe = it.submit(LoadRequest("b", "b"))
     probing = it.call()
     early = it.submit(LoadRequest("c", "c"))
     assert isinstance(early.result(NEVER).error, ConnectionFailed)
     probing.receive(100)
-    _until(lambda: not it.fetcher._routes._health[0].failures)
+    _until(lambda: not it.fetcher._courier._routes._health[0].failures)
     other = it.submit(LoadRequest("d", "d"))
     it.call().answer(OLD[:10])
     assert got(other) == OLD[:10]
@@ -1061,7 +1061,7 @@ def test_an_answer_that_refuses_is_a_sign_of_life(
     bench: Callable[..., Bench], error: NetworkError, is_told: bool
 ) -> None:
     it = bench(2)
-    health = it.fetcher._routes._health[0]
+    health = it.fetcher._courier._routes._health[0]
     future = it.submit(LoadRequest("a", "a"))
     it.call().fail(RetriesExhausted(last_error=error))
     it.call().answer(OLD[:10])
@@ -1175,7 +1175,7 @@ class Broken(RequestCache):
 @pytest.mark.parametrize("place", ["keep", "destination"])
 def test_a_defect_of_ours_leaves_nobody_waiting(bench: Callable[..., Bench], place: str) -> None:
     it = bench()
-    it.fetcher._cache = Broken(place, ZeroDivisionError("a defect"))
+    it.fetcher._cache = it.fetcher._assembly._cache = Broken(place, ZeroDivisionError("a defect"))
     future = it.submit(LoadRequest("id", "file"))
     it.call().answer(OLD[:10])
     error = future.result(NEVER).error
@@ -1183,7 +1183,7 @@ def test_a_defect_of_ours_leaves_nobody_waiting(bench: Callable[..., Bench], pla
     assert isinstance(error, NetworkError)
     assert isinstance(error.__cause__, ZeroDivisionError)
     _until(lambda: it.scheduler.active == 0)
-    it.fetcher._cache = it.requests
+    it.fetcher._cache = it.fetcher._assembly._cache = it.requests
     again = it.submit(LoadRequest("id", "file"))
     it.call().answer(OLD[:10])
     assert got(again) == OLD[:10]
@@ -1275,7 +1275,7 @@ class Watching(RequestCache):
 def test_what_is_cancelled_while_it_is_verified_is_not_pulled_away(bench: Callable[..., Bench]) -> None:
     """What was kept then would be nothing at all, under the name of the fragment."""
     it, watching = bench(), Watching(holds=True)
-    it.fetcher._cache = watching
+    it.fetcher._cache = it.fetcher._assembly._cache = watching
     future = it.submit(LoadRequest("id", "file"))
     it.call().answer(OLD[:10])
     _until(lambda: bool(watching.made))
@@ -1294,7 +1294,7 @@ def test_nothing_is_written_to_what_is_discarded_whatever_is_cancelled_when(
     bench: Callable[..., Bench], restless: None
 ) -> None:
     it, watching = bench(), Watching()
-    it.fetcher._cache = watching
+    it.fetcher._cache = it.fetcher._assembly._cache = watching
     dice = random.Random(7)
     for _ in range(100):
         future = it.submit(pinned())
@@ -1392,7 +1392,7 @@ def test_there_are_no_more_workers_than_the_limit_and_none_when_idle(bench: Call
 
 def test_while_a_long_fragment_is_verified_another_has_its_connection(bench: Callable[..., Bench]) -> None:
     it, watching, data = bench(max_concurrent=1, chunk_size=1 << 20), Watching(holds=True), bytes(1 << 20)
-    it.fetcher._cache = watching
+    it.fetcher._cache = it.fetcher._assembly._cache = watching
     first, second = it.submit(LoadRequest("first", "first")), it.submit(LoadRequest("second", "second"))
     it.call().answer(data)
     _until(lambda: bool(watching.made))
@@ -2008,7 +2008,7 @@ def test_closing_interrupts_whoever_waits_for_an_outage_to_end(load: Callable[..
         loader = load(server.url, timeout=30.0)
         assert loader.load(LoadRequest("id", "file")).is_success
     futures = loader.enqueue_many(LoadRequest(str(n), str(n)) for n in range(8))
-    _until(lambda: loader._fetcher._routes._health[0].failures > 1)
+    _until(lambda: loader._fetcher._courier._routes._health[0].failures > 1)
     _closes_at_once(loader, futures)
 
 
@@ -2106,8 +2106,8 @@ def test_who_delivers_just_as_it_is_cut_is_no_probe_any_more(bench: Callable[...
     it = bench()
     future = it.submit(pinned(CHUNK))
     call = it.call()
-    (race,) = it.fetcher._races
-    health = it.fetcher._routes._health[0]
+    (race,) = it.fetcher._courier._races
+    health = it.fetcher._courier._routes._health[0]
     health.failures, health.is_there, health.probing = 1, True, True
     answered = Answer(HeadInfo(len(OLD), V1), RangeRequest(0, CHUNK), False, 1)
 

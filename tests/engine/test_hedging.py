@@ -201,7 +201,7 @@ def right(request: LoadRequest, data: bytes = DATA) -> bytes:
 
 def warm(loader: NetworkLoader, count: int = 40, *, saved: float = 5.0) -> None:
     """Have the loader learn what is usual; a piece that is slow by chance meanwhile is not asked for twice."""
-    hedging = loader._fetcher._hedging
+    hedging = loader._fetcher._courier._hedging
     hedging._saved = -1e9
     for number in range(count):
         loader.load(piece(number)).data  # noqa: B018
@@ -385,7 +385,7 @@ def test_a_piece_whose_reader_rests_is_not_slow(
     with Mirror(slow=slow_from(40, 0.0 if rests else over)) as first, Mirror() as second:
         loader = load(first, second)
         warm(loader)
-        usual(loader._fetcher._hedging, 128, seconds=0.25)
+        usual(loader._fetcher._courier._hedging, 128, seconds=0.25)
         if rests:
             monkeypatch.setattr(loader.scheduler, "gives_way", lambda _: True)
             monkeypatch.setattr(loader.scheduler, "give_way", rest)

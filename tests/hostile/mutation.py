@@ -24,7 +24,7 @@ from hostile.faults import BY_NAME
 from hostile.runner import run, some
 from hostile.storm import SCENES
 
-from holotensor_net.engine import fetcher
+from holotensor_net.engine import assembly
 from holotensor_net.transport import client, digests, guards, retry, sockets, transfer
 from holotensor_net.values import Validator
 
@@ -159,7 +159,7 @@ def judgements() -> Iterator[Mutant]:
     yield _patched(guards, "retry_after", lambda *_: None)
     yield _patched(transfer, "announced", lambda _: frozenset())
     yield _patched(transfer, "linked", lambda _: frozenset())
-    yield _patched(fetcher, "check_digests", lambda *_: None)
+    yield _patched(assembly, "check_digests", lambda *_: None)
     yield _patched(client, "_TRAVELS", _All())
     yield _patched(client, "_REFUSED", ())
     yield _patched(client, "_MOST_CONTINUATIONS", 1 << 40)
@@ -193,7 +193,7 @@ CAUGHT_BY = {
     "raise ValueError('no dictionary')": "17-unknown-digest",
     "transfer.announced": "17-whole-against-repr-digest",
     "transfer.linked": "17-linked-etag",
-    "fetcher.check_digests": "17-linked-etag",
+    "assembly.check_digests": "17-linked-etag",
     "HttpClient.fetch  raise _too_large": "29-endless-200",
     "HttpClient.head  raise": "33-status-404",
     "keeps sending less": "34-one-byte-at-a-time",

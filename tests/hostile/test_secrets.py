@@ -426,7 +426,7 @@ def test_no_value_that_is_handed_out_shows_a_secret(tmp_path: Path) -> None:
             again = loader.load(request)
             entries = list(loader.cache)
             shown = [request, result, again, entries, stream, loader, loader.cache, loader.scheduler, loader.stats()]
-            shown += [result.head, loader._fetcher, *loader._fetcher._clients, loader.head(SIGNED), config]
+            shown += [result.head, loader._fetcher, *loader._fetcher._courier._clients, loader.head(SIGNED), config]
             shown += [LoadFailure(SIGNED, NetworkError("no", url=f"{wire.url}/{SIGNED}"))]
             assert result.is_success
             assert again.from_cache

@@ -1,0 +1,460 @@
+"""Courier: one piece, from an endpoint that can bring it.
+
+Which endpoint to ask, and for which version; another one too where the first is slow; when to rest. How endpoints
+answer and fail goes to the routes. What becomes of the loads is not decided here.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ..config import NetworkConfig
+from ..errors import (
+    Cancelled,
+    ChecksumMismatch,
+    HttpError,
+    NetworkError,
+    ObjectChanged,
+    RateLimited,
+    RetriesExhausted,
+    Timeout,
+    redact_url,
+)
+from ..transport.client import Answer, Ask, HttpClient, Write
+from ..transport.guards import check_checksum
+from ..transport.retry import LONGEST_RETRY_AFTER, Patience
+from ..transport.sockets import Interrupt
+from ..values import HeadInfo, LoadRequest, RangeRequest
+from .alarms import Alarms
+from .assembly import Assembly
+from .hedging import Hedging, Versions
+from .loads import Load, Share, is_sealed
+from .races import Private, Prize, Race
+from .recovery import Moved, Recovery, is_refusal, silence_of, summary
+from .routes import Routes, is_bad_answer, is_unreachable
+from .scheduler import Piece, Scheduler
+
+__all__ = ["Courier"]
+
+_log = logging.getLogger("holotensor_net.engine")
+
+_CROWDED = 0.1
+"""Seconds until a piece is asked for again that was refused while the endpoint served others."""
+
+_SHORTEST_LOOK = 0.01
+"""Seconds until a piece that rests is looked at again, at least."""
+
+_SHORTER_THAN_TO_MOVE = 1.0
+"""Seconds of silence that are waited for rather than that a load goes to another endpoint."""
+
+
+class Courier:
+    """Brings pieces. ``lock``, the fetcher's, guards the loads, the routes and the counts: ``requests`` that were sent
+    for what came, ``retries`` after a failure, ``hedges`` beside one that was slow. ``submit`` runs what is asked for
+    twice on a thread of the pool; ``on_bytes`` is told whenever some have come; ``closing`` ends every wait."""
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        scheduler: Scheduler,
+        assembly: Assembly,
+        recovery: Recovery,
+        alarms: Alarms,
+        lock: threading.Lock,
+        *,
+        closing: threading.Event,
+        submit: Callable[..., Any],
+        on_bytes: Callable[[], None],
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._scheduler = scheduler
+        self._assembly = assembly
+        self._recovery = recovery
+        self._alarms = alarms
+        self._lock = lock
+        self._changed = threading.Condition(lock)  # routes changed
+        self._closing = closing
+        self._submit = submit
+        self._on_bytes = on_bytes
+        self._now = now
+        self._clock = clock
+        self._clients = [HttpClient(endpoint, config.client, clock=clock) for endpoint in config.endpoints]
+        self._routes = Routes(config.endpoints, outage=config.timeout, region=config.region)
+        self._hedging = Hedging(len(config.endpoints))
+        self._versions = Versions()
+        self._races: set[Race] = set()
+        self._second_at = Counter[int]()  # how many requests are at each endpoint besides
+        self._may_hedge = len(config.endpoints) > 1 if config.hedging is None else config.hedging
+        self.requests = 0
+        self.retries = 0
+        self.hedges = 0
+
+    def head(self, path: str) -> HeadInfo:
+        """What the first endpoint that answers says of an object. Raises what the last one did."""
+        failures: list[NetworkError] = []
+        with self._lock:
+            order = self._routes.in_order(self._clock())
+        for endpoint in order:
+            try:
+                return self._clients[endpoint].head(path)
+            except Cancelled:
+                raise
+            except NetworkError as error:
+                failures.append(error)
+        raise summary(failures)
+
+    def close(self) -> None:
+        """Cut what is on its way, once ``closing`` is set."""
+        with self._lock:
+            self._changed.notify_all()
+            races = list(self._races)
+        for race in races:
+            race.stop()
+        for client in self._clients:
+            client.close()
+
+    def idle_races(self) -> list[Race]:
+        """The pieces on their way that nobody wants any more: they are to be cut, lest a server that is silent holds
+        their connections and their workers. With the lock held."""
+        return [race for race in self._races if race.is_idle]
+
+    # -- whom to ask, and for what
+
+    def choose(self, shares: list[Share]) -> int:
+        """The endpoint to ask, once there is one. Raises what all of them suffer from."""
+        patience = self._patience(shares)
+        with self._lock:
+            while True:
+                choice = self._routes.choose(self._excluded(shares), self._clock(), keep=self._home(shares[0].load))
+                if isinstance(choice, int):
+                    return choice
+                if isinstance(choice, NetworkError):
+                    raise copy.copy(choice)
+                if choice is None:
+                    raise RetriesExhausted(message="no endpoint is left to ask")
+                self._changed.wait(patience.remaining(choice.seconds))
+                patience.check()
+
+    def _alternative(self, shares: list[Share], endpoint: int) -> int | None:
+        """Another endpoint that may be asked and is well, if there is one. With the lock held."""
+        return self._routes.other(endpoint, self._excluded(shares), self._clock())
+
+    def _excluded(self, shares: list[Share]) -> Collection[int]:
+        """The endpoints that are not to be asked for one of these. With the lock held."""
+        return set().union(*(self._recovery.excluded(share.load) for share in shares))
+
+    @staticmethod
+    def _home(load: Load) -> int | None:
+        """Where what a load has came from: the rest is there, too, and elsewhere perhaps not. With the lock held."""
+        is_begun = load.attempt.head is not None and load.request.checksum is None
+        return load.attempt.endpoint if is_begun else None
+
+    def _ask(self, piece: Piece, lead: Share, endpoint: int) -> Ask:
+        """What to ask the endpoint for."""
+        load, attempt, wanted = lead.load, lead.attempt, piece.byte_range
+        request = load.request
+        # The whole object, where a range was asked for, does only if no other piece is to be had, or on its way.
+        is_all = request.byte_range is None and (wanted.start, wanted.stop) == (0, lead.part.plan.stop)
+        with self._lock:
+            moved = attempt.endpoint is not None and attempt.endpoint != endpoint
+            if moved and not load.is_provable:
+                raise Moved("another endpoint may have another version")
+            attempt.endpoint = endpoint
+            attempt.asked_at = attempt.asked_at or self._now()
+            # Only the endpoint that gave a validator can confirm it.
+            held = load.held if load.held is not None and load.held.endpoint == endpoint else None
+            return Ask(
+                path=request.path,
+                byte_range=None if load.whole else wanted,
+                size=attempt.head.size if attempt.head is not None else _known_size(request),
+                pinned=None if moved and request.checksum is not None else load.version,
+                held=held.entry.validator if held is not None and attempt.head is None else None,
+                allow_short=request.allow_short,
+                or_whole=is_all,
+            )
+
+    def transfer(self, piece: Piece, shares: list[Share], endpoint: int) -> tuple[int, Answer]:
+        """Bring a piece from an endpoint, or from another one where that is slow; gives which, and what it said."""
+        race = Race(shares, self._ask(piece, shares[0], endpoint), endpoint, self._clock())
+        with self._lock:
+            is_alone = self._alternative(shares, endpoint) is None
+        patience = self._patience(
+            shares, race.first, silence=LONGEST_RETRY_AFTER if is_alone else _SHORTER_THAN_TO_MOVE
+        )
+
+        def open_sink(head: HeadInfo, _: RangeRequest | None) -> Write:
+            race.headed = race.headed or self._clock()
+            self._scheduler.monitor.record_round_trip(race.headed - race.began)
+            return self._assembly.open(shares, head)
+
+        self._start(race)
+        try:
+            answer = self._clients[endpoint].transfer(
+                race.ask,
+                open_sink,
+                patience,
+                on_bytes=lambda size: self._pace(size, piece, patience, race),
+                on_retry=self._note_retry,
+                interrupt=race.first,
+                window=partial(self._scheduler.window, piece),
+            )
+            if race.is_doubled:
+                self._check_sealed(shares)
+        except NetworkError as error:
+            if isinstance(error, ChecksumMismatch):
+                race.await_second(patience.remaining(self._config.timeout))
+            prize = race.end()
+            if prize is None:
+                raise
+            if isinstance(error, ChecksumMismatch):
+                with self._lock:
+                    self._report(endpoint, error)
+            self._time(race, has_delivered=False)
+            return prize.endpoint, self._take_over(race, prize)
+        finally:
+            race.end()
+            with self._lock:
+                self._races.discard(race)
+            if race.alarm is not None:
+                self._alarms.cancel(race.alarm)
+        self._time(race, has_delivered=True)
+        return endpoint, answer
+
+    # -- what is slow is asked for twice
+
+    def _start(self, race: Race) -> None:
+        wanted = race.ask.byte_range
+        with self._lock:
+            if self._closing.is_set():
+                raise Cancelled("the loader is closed: make a new one")
+            self._races.add(race)
+            if wanted is None or race.ask.held is not None or race.ask.allow_short or not self._may_hedge:
+                return
+            pause = self._hedging.begin(race.endpoint, wanted.length)
+            if pause is not None:
+                race.pause = pause
+                race.alarm = self._alarms.at(race.began + pause, race, self._is_slow)
+
+    def _time(self, race: Race, *, has_delivered: bool) -> None:
+        """Learn from how long the first of a race took, were it cut or not."""
+        now, wanted = self._clock(), race.ask.byte_range
+        with self._lock:
+            if has_delivered:
+                self._routes.delivered(race.endpoint, (race.headed or now) - race.began, now)
+            if wanted is not None:
+                headed = race.headed or now
+                body = now - headed - race.rested
+                self._hedging.measured(race.endpoint, headed - race.began, wanted.length, body)
+
+    def _is_slow(self, race: Race) -> None:
+        """A piece takes longer than nearly all others did: ask another endpoint too, if that is safe and allowed."""
+        now = self._clock()
+        with self._lock:
+            if race.is_over or self._closing.is_set():
+                return
+            if (left := race.pause - race.seconds(now)) > 0:
+                race.alarm = self._alarms.at(now + max(left, _SHORTEST_LOOK), race, self._is_slow)
+                return
+            ask, second = self._as_proven(race, now), self._second(race)
+            if ask is not None and second is not None and self._is_worth_asking(second, ask, now):
+                self.hedges += 1
+                self._second_at[second] += 1
+                race.is_doubled = True
+                self._submit(self._hedge, race, second, ask)
+                return
+            race.pause *= 2
+            race.alarm = self._alarms.at(now + race.pause, race, self._is_slow)
+
+    def _second(self, race: Race) -> int | None:
+        """Whom to ask for a piece that is slow. With the lock held."""
+        second = self._alternative(race.shares, race.endpoint)
+        if second is None and self._config.hedging:
+            second = race.endpoint
+        there = sum(one.endpoint == second for one in self._races) + self._second_at[second or 0]
+        return second if there < self._config.max_concurrent else None
+
+    def _as_proven(self, race: Race, now: float) -> Ask | None:
+        """How to ask another endpoint for a piece so that it can bring no other bytes; None if nothing would prove
+        that: all that the piece is for has a digest, or its version is known. With the lock held."""
+        if all(is_sealed(share) for share in race.shares):
+            return replace(race.ask, pinned=None)
+        versions = {share.load.version for share in race.shares} - {None}
+        version = versions.pop() if versions else self._versions.of(race.ask.path, now)
+        return None if versions or version is None or version.etag is None else replace(race.ask, pinned=version)
+
+    def _is_worth_asking(self, endpoint: int, ask: Ask, now: float) -> bool:
+        """Whether another request is spent on an endpoint that may have what it is asked for. With the lock held."""
+        may_have = ask.pinned is None or self._versions.may_have(ask.path, endpoint, now)
+        return may_have and self._hedging.spend()
+
+    def _hedge(self, race: Race, endpoint: int, ask: Ask) -> None:
+        """Bring a piece from a second endpoint into a place of its own."""
+        assert ask.byte_range is not None
+        place = Private(ask.byte_range)
+        patience = self._patience(race.shares, race.second)
+        began = headed = self._clock()
+
+        def open_sink(_: HeadInfo, __: RangeRequest | None) -> Write:
+            nonlocal headed
+            headed = self._clock()
+            return place.write
+
+        try:
+            answer = self._clients[endpoint].transfer(
+                ask,
+                open_sink,
+                patience,
+                on_bytes=lambda size: patience.sleep(self._note_bytes(size, None, endpoint)),
+                on_retry=self._note_retry,
+                interrupt=race.second,
+            )
+            for share in race.shares:
+                if is_sealed(share) and share.load.request.checksum is not None:
+                    check_checksum(place.view(share.part.byte_range), share.load.request.checksum)
+        except NetworkError as error:
+            with self._lock:
+                self._report(endpoint, error)
+                if isinstance(error, ObjectChanged):
+                    self._versions.differs(ask.path, endpoint, self._clock())
+        except Exception:
+            _log.exception("asking a second time failed")
+        else:
+            with self._lock:
+                self._routes.delivered(endpoint, headed - began, self._clock())
+                self.requests += answer.requests
+            race.win(Prize(endpoint, ask, answer, place))
+        finally:
+            race.second_ended.set()
+            with self._lock:
+                self._second_at[endpoint] -= 1
+
+    def _check_sealed(self, shares: list[Share]) -> None:
+        """Raises ChecksumMismatch if the first of two brought what its digest refutes: the second is not cut then."""
+        for share in shares:
+            checksum, destination = share.load.request.checksum, share.attempt.destination
+            if checksum is not None and destination is not None and is_sealed(share) and not share.attempt.abandoned:
+                check_checksum(destination.view(), checksum)
+
+    def _take_over(self, race: Race, prize: Prize) -> Answer:
+        """What the second brought goes where the first would have put it."""
+        came = prize.answer.byte_range
+        with self._lock:
+            self._routes.overtaken(race.endpoint, self._clock())
+            versions = {share.load.version for share in race.shares} - {None, prize.ask.pinned}
+        if versions and not all(is_sealed(share) for share in race.shares):
+            raise ObjectChanged("the endpoints have different versions of the object")
+        write = self._assembly.open(race.shares, prize.answer.head)
+        if came is not None:
+            write(came.start, prize.place.view(came))
+        return replace(prize.answer, requests=0)
+
+    # -- patience
+
+    def _patience(
+        self, shares: list[Share], interrupt: Interrupt | None = None, *, silence: float = LONGEST_RETRY_AFTER
+    ) -> Patience:
+        """As long as the most patient of those who wait, and only while somebody does."""
+        with self._lock:
+            ends = [waiter.until for share in shares for waiter in share.load.waiters]
+        known = [end for end in ends if end is not None]
+        return Patience(
+            deadline=max(known) if known and len(known) == len(ends) else None,
+            silence=silence,
+            closing=self._closing if interrupt is None else interrupt.fired,
+            cancelled=lambda: self._closing.is_set() or all(share.attempt.abandoned for share in shares),
+            clock=self._clock,
+        )
+
+    def _pace(self, size: int, piece: Piece, patience: Patience, race: Race) -> None:
+        """Bytes of a piece have come: rest, before more are read, for as long as others go first or the rate wants."""
+        delay = self._note_bytes(size, piece, race.endpoint)
+        if delay > 0 or self._scheduler.gives_way(piece):
+            with race.resting(self._clock):
+                self._scheduler.give_way(piece)
+                patience.sleep(delay)
+
+    def _note_bytes(self, size: int, piece: Piece | None, endpoint: int) -> float:
+        """Bytes have come; gives the seconds until more may be read."""
+        delay = self._scheduler.record(size, piece)
+        self._heard(endpoint)
+        self._on_bytes()
+        return delay
+
+    # -- how endpoints do
+
+    def arrived(self, path: str, answer: Answer, endpoint: int) -> None:
+        """An endpoint has answered for an object."""
+        self._heard(endpoint)
+        with self._lock:
+            self._versions.note(path, answer.head.validator, self._clock())
+            self.requests += answer.requests
+
+    def failed(self, shares: list[Share], error: NetworkError, endpoint: int) -> bool:
+        """An endpoint has failed to bring a piece; True if that is not the last word, and it may be asked again."""
+        with self._lock:
+            is_passing = self._report(endpoint, error) or (
+                silence_of(error) > _SHORTER_THAN_TO_MOVE and self._alternative(shares, endpoint) is not None
+            )
+            is_crowded = is_refusal(error) and self._is_serving(endpoint)
+            self._changed.notify_all()
+        if is_refusal(error):
+            self._scheduler.refused()
+        if is_crowded:
+            self._closing.wait(_CROWDED)
+        return is_passing or is_crowded
+
+    def blame(self, endpoint: int, error: NetworkError) -> None:
+        """What an endpoint brought was not what it should be."""
+        with self._lock:
+            self._report(endpoint, error)
+
+    def redacted(self, path: str, endpoint: int) -> str:
+        """The address of an object at an endpoint, as it may be told."""
+        return redact_url(self._config.endpoints[endpoint].url_of(path))
+
+    def _heard(self, endpoint: int) -> None:
+        """The endpoint is there: those who wait for it need not any longer."""
+        now = self._clock()
+        if self._routes.is_known_well(endpoint, now):  # a glance without the lock, for which every block would queue
+            return
+        with self._lock:
+            self._routes.answered(endpoint, now)
+            self._changed.notify_all()
+
+    def _note_retry(self, error: NetworkError) -> None:
+        with self._lock:
+            self.retries += 1
+        if isinstance(error, RateLimited | Timeout):
+            self._scheduler.refused()
+
+    def _is_serving(self, endpoint: int) -> bool:
+        """Whether the endpoint is answering others: who is refused there was one too many, and is asked for again when
+        fewer are. With the lock held."""
+        return any(race.endpoint == endpoint and race.headed and not race.is_over for race in self._races)
+
+    def _report(self, endpoint: int, error: NetworkError) -> bool:
+        """Tell the routes how an endpoint did; True if its loads should wait for it. With the lock held."""
+        now = self._clock()
+        if is_unreachable(error):
+            return self._routes.unreachable(endpoint, error, now)
+        last = error.last_error if isinstance(error, RetriesExhausted) else error
+        if isinstance(last, HttpError):
+            self._routes.answered(endpoint, now)
+        if is_bad_answer(error):
+            self._routes.failed(endpoint, error, now)
+        self._routes.released(endpoint)
+        return False
+
+
+def _known_size(request: LoadRequest) -> int | None:
+    return request.expected_size if request.byte_range is None else None
