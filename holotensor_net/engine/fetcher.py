@@ -81,6 +81,7 @@ class Fetcher:
             cache, scheduler, self._lock, seconds=config.timeout, rate=config.min_bandwidth, clock=clock
         )
         self._workers = 0
+        self._late = 0  # workers for which there was no thread when they were to begin
         self._confirmed_bytes = 0
         self._here = threading.local()
         # As many as work may be publishing what they brought.
@@ -303,14 +304,32 @@ class Fetcher:
         with self._lock:
             if self._closing.is_set() or not self._scheduler.queue_len:
                 return
-            more = self._scheduler.crew - self._workers
-            self._workers += max(0, more)
-            for _ in range(more):
+            failure = self._begin_work(self._scheduler.crew - self._workers)
+            stranded = self._books.all() if failure is not None and not self._workers else []
+        for load in stranded:
+            told = NetworkError(f"no thread could be started: {failure}; end some, or raise the limit (ulimit -u)")
+            told.__cause__ = failure
+            self._resolve(load, told)
+
+    def _begin_work(self, more: int) -> RuntimeError | None:
+        """Have so many more workers, or as many as the machine gives; why it gave no more. With the lock held."""
+        for _ in range(more):
+            self._workers += 1
+            try:
                 self._executor.submit(self._work)
+            except RuntimeError as error:
+                self._workers -= 1
+                self._late += 1  # it is in the executor's queue, and will be run should there ever be a thread
+                return error
+        return None
 
     def _work(self) -> None:
         """A worker: pieces until there are none, or the limit has fallen. It leaves rather than wait, so that an idle
         loader holds nothing up."""
+        with self._lock:
+            if self._late:
+                self._late -= 1
+                self._workers += 1
         try:
             while self._workers <= self._scheduler.crew and (piece := self._scheduler.next()) is not None:
                 self._run(piece)

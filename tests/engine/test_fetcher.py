@@ -1172,6 +1172,49 @@ class Broken(RequestCache):
         raise self._error
 
 
+def allow_threads(monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
+    """Let the machine give a pool only so many threads more."""
+    start, left = threading.Thread.start, [allowed]
+
+    def start_if_allowed(thread: threading.Thread) -> None:
+        if thread.name.startswith("holotensor-fetch"):
+            if not left[0]:
+                raise RuntimeError("can't start new thread")
+            left[0] -= 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_if_allowed)
+
+
+def test_where_no_thread_can_be_started_it_is_said_and_the_next_load_tries_anew(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = bench()
+    with monkeypatch.context() as patch:
+        allow_threads(patch, 0)
+        error = it.submit(LoadRequest("id", "file")).result(NEVER).error
+    assert isinstance(error, NetworkError)
+    assert "no thread could be started" in str(error)
+    future = it.submit(LoadRequest("id", "file"))
+    it.call().answer(OLD[:10])
+    assert got(future) == OLD[:10]
+    _until(lambda: it.fetcher.stats().workers == 0)
+
+
+def test_where_few_threads_can_be_started_they_do_all_the_work(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = bench()
+    with monkeypatch.context() as patch:
+        allow_threads(patch, 1)
+        futures = [it.submit(LoadRequest(name, name)) for name in "abc"]
+        for _ in futures:
+            it.call().answer(OLD[:10])
+        assert [got(future) for future in futures] == [OLD[:10]] * 3
+        _until(lambda: it.fetcher.stats().workers == 0)
+        assert it.is_quiet()
+
+
 @pytest.mark.parametrize("place", ["keep", "destination"])
 def test_a_defect_of_ours_leaves_nobody_waiting(bench: Callable[..., Bench], place: str) -> None:
     it = bench()
