@@ -126,6 +126,15 @@ def process(*command: object, **options: Any) -> Iterator[subprocess.Popen[str]]
             child.kill()
 
 
+def interrupted(child: subprocess.Popen[str]) -> tuple[str, str]:
+    """Press Ctrl-C; gives what else the process prints. Asserts that it ends within a second."""
+    began = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=5)
+    assert time.monotonic() - began < 1.0
+    return out, err
+
+
 def run(*command: object, timeout: float = 30, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a process to its end, with some variables more."""
     return subprocess.run(

@@ -14,7 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import CLI, Array, assert_same, eventually, every_kind, llama, process, read, run, write, write_index
+from samples import (
+    CLI,
+    Array,
+    assert_same,
+    eventually,
+    every_kind,
+    interrupted,
+    llama,
+    process,
+    read,
+    run,
+    write,
+    write_index,
+)
 from servers import Access, Nginx
 
 from holotensor_net import NetworkConfig, open_model
@@ -234,39 +247,27 @@ def test_a_script_that_is_interrupted_keeps_no_thread(origin: StartOrigin, llama
     server = origin(llama_folder, behaviour=Behaviour(rate=2e6))
     with process(sys.executable, "-c", SCRIPT, f"{server.url}/model.safetensors.index.json") as child:
         eventually(lambda: server.stats().body_bytes > 500_000, "the transfer begins")
-        began = time.monotonic()
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=5)
-        seconds = time.monotonic() - began
+        out, err = interrupted(child)
     assert (child.returncode, err) == (0, "")
     assert out.splitlines()[-2:] == ["interrupted", "['MainThread']"]
-    assert seconds < 1.0
 
 
 def test_a_script_that_closes_nothing_ends_all_the_same(origin: StartOrigin, llama_folder: Path) -> None:
     server = origin(llama_folder, behaviour=Behaviour(rate=2e6))
     with process(sys.executable, "-c", CARELESS, f"{server.url}/model.safetensors.index.json") as child:
         eventually(lambda: server.stats().body_bytes > 500_000, "the transfer begins")
-        began = time.monotonic()
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=5)
-        seconds = time.monotonic() - began
+        _, err = interrupted(child)
     assert child.returncode == -signal.SIGINT
     assert err.splitlines()[-1] == "KeyboardInterrupt"
     assert err.count("Traceback") == 1
-    assert seconds < 1.0
 
 
 def test_an_interrupted_pull_goes_on_where_it_can(server: Nginx, www: Path, tmp_path: Path) -> None:
     url = f"{server.url}/large/model.safetensors.index.json"
     with process(*CLI, "pull", url, "--to", tmp_path / "out", "--max-bandwidth", "3MB") as child:
         eventually(lambda: list((tmp_path / "out").glob("*.json")), "the first file is there")
-        began = time.monotonic()
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=5)
-        seconds = time.monotonic() - began
+        out, err = interrupted(child)
     assert (child.returncode, out, err) == (130, "", "interrupted\n")
-    assert seconds < 1.0
     assert all(name in os.listdir(www / "large") for name in os.listdir(tmp_path / "out"))  # whole files only
     assert main(["pull", url, "--to", str(tmp_path / "out")]) == 0
     assert digests(tmp_path / "out") == digests(www / "large")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import CLI, LIMITED, Array, eventually, llama, process, run, write, write_index
+from samples import CLI, LIMITED, Array, eventually, interrupted, llama, process, run, write, write_index
 
 from holotensor_net import errors, open_model
 from holotensor_net.config import NetworkConfig
@@ -490,11 +490,8 @@ def test_serve_serves_until_it_is_interrupted(tmp_path: Path) -> None:
         url = child.stdout.readline().strip()
         with urllib.request.urlopen(f"{url}/x", timeout=5) as answer:
             assert answer.read() == b"content"
-        began = time.monotonic()
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=5)
+        _, err = interrupted(child)
     assert child.returncode in (0, 130)
-    assert time.monotonic() - began < 1.0
     assert "Traceback" not in err
 
 
@@ -690,12 +687,8 @@ def test_an_interrupted_pull_ends_at_once_in_one_line(origin: StartOrigin, tmp_p
     server = origin(tmp_path / "www", behaviour=Behaviour(rate=5e6))
     with process(*CLI, "pull", f"{server.url}/x", "--to", tmp_path / "out") as child:
         eventually(lambda: server.stats().body_bytes > 1_000_000, "the transfer begins")
-        began = time.monotonic()
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=5)
-        seconds = time.monotonic() - began
+        out, err = interrupted(child)
     assert (child.returncode, out, err) == (130, "", "interrupted\n")
-    assert seconds < 1.0
     assert not (tmp_path / "out").exists()
 
 
@@ -733,11 +726,8 @@ def test_cleaning_up_that_takes_too_long_is_cut_short() -> None:
     with process(sys.executable, "-c", SLOW_TO_END) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
-        began = time.monotonic()
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=10)
+        _, err = interrupted(child)
     assert (child.returncode, err) == (130, "interrupted\n")
-    assert time.monotonic() - began < 1.0
 
 
 def test_the_command_runs_in_any_thread(capsys: Capture) -> None:
