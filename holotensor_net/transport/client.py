@@ -52,6 +52,7 @@ _BLOCK = 256 * 1024
 _STRIDE = 1024 * 1024
 _DRAIN = 64 * 1024
 _DRAIN_SECONDS = 0.5
+_LOOK = 0.25  # seconds between two looks whether who waits for a connection still wants it
 _MOST_CONTINUATIONS = 256
 _REDIRECTS = (301, 302, 303, 307, 308)
 _REFUSED = (401, 403)
@@ -364,9 +365,11 @@ class HttpClient:
         slots = self._slots
         while True:
             self._keep_silence(patience)
-            if not slots.acquire(timeout=max(0.0, patience.remaining(self.config.timeout))):
+            until = self._clock() + patience.remaining(self.config.timeout)
+            while not slots.acquire(timeout=max(0.0, min(until - self._clock(), _LOOK))):
                 self._check(patience)
-                raise Timeout("no connection came free: raise max_connections, or ask from fewer threads")
+                if self._clock() >= until:
+                    raise Timeout("no connection came free: raise max_connections, or ask from fewer threads")
             if self._host.refusal(self._clock()) is None:
                 break
             slots.release()

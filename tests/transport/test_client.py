@@ -1886,6 +1886,22 @@ def test_the_deadline_is_kept_while_waiting_for_a_connection(client: Open) -> No
         first.join()
 
 
+def test_who_is_cancelled_while_waiting_for_a_connection_waits_no_longer(client: Open) -> None:
+    with Wire([HOLD]) as wire:
+        asking = client(wire, max_connections=1)
+        first = threading.Thread(target=cancelled, args=(asking,))
+        first.start()
+        wire.await_requests(1)
+        is_cancelled = threading.Event()
+        timer = threading.Timer(0.1, is_cancelled.set)
+        timer.start()
+        with within(1.0), pytest.raises(Cancelled):
+            asking.transfer(Ask("b"), Sink(), Patience(cancelled=is_cancelled.is_set))
+        timer.join()
+        asking.close()
+        first.join()
+
+
 def test_the_deadline_of_the_caller_counts(client: Open) -> None:
     with Wire([answer(b"half", content_length=9), HOLD]) as wire, within(1.0), pytest.raises(DeadlineExceeded):
         client(wire, retry=QUICK).transfer(Ask("a"), Sink(), Patience(deadline=time.monotonic() + 0.2))
