@@ -200,8 +200,8 @@ class ClientConfig:
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """What the scheduler needs. ``max_concurrent``: the ceiling of the pool; ``chunk_size``: bytes of a piece, at most;
-    ``max_bandwidth`` and ``min_bandwidth`` in bytes/s; ``memory_budget``: bytes in flight or undelivered;
-    ``queue_limit``: fragments."""
+    ``max_bandwidth`` and ``min_bandwidth`` in bytes/s; ``max_requests_per_second`` of all workers together;
+    ``memory_budget``: bytes in flight or undelivered; ``queue_limit``: fragments."""
 
     max_concurrent: int = 64
     chunk_size: int = 16 * MIB
@@ -210,11 +210,12 @@ class SchedulerConfig:
     monitor_bandwidth: bool = True
     memory_budget: int = GIB
     queue_limit: int = 1_000_000
+    max_requests_per_second: float | None = None
 
     def __post_init__(self) -> None:
         _whole(self, "max_concurrent", "chunk_size", "memory_budget", "queue_limit")
         _positive(self, "min_bandwidth")
-        _positive(self, "max_bandwidth", none=True)
+        _positive(self, "max_bandwidth", "max_requests_per_second", none=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +255,8 @@ class NetworkConfig:
     ``cache_dir``: None for the platform's cache folder, False for no disk cache; ``region``: the caller's, whose
     endpoints go first among those of equal priority; ``hedging``: ask a second time for what is slow, of the next
     endpoint (None), of the same one where there is no other (True), or never (False); ``min_bandwidth``: below it the
-    loader asks its callers to throttle; ``offline``: None takes ``HOLOTENSOR_OFFLINE``; ``memory_budget``: bytes in
+    loader asks its callers to throttle; ``max_bandwidth`` and ``max_requests_per_second``: of all workers and endpoints
+    together, whatever they ask for; ``offline``: None takes ``HOLOTENSOR_OFFLINE``; ``memory_budget``: bytes in
     flight and undelivered, and at most as many that are spare: memory that was delivered and let go of, which the next
     fragments are given, or the system, once it lacks some.
 
@@ -278,6 +280,7 @@ class NetworkConfig:
     memory_budget: int = GIB
     region: str | None = None
     hedging: bool | None = None
+    max_requests_per_second: float | None = None
 
     def __post_init__(self) -> None:
         given: Any = (self.endpoints,) if isinstance(self.endpoints, str | CdnEndpoint) else self.endpoints
@@ -295,7 +298,7 @@ class NetworkConfig:
             _refuse(self, "user_agent", "printable ASCII")
         _whole(self, "max_concurrent", "chunk_size", "max_cache_size", "memory_budget")
         _positive(self, "timeout", "connect_timeout", "min_bandwidth")
-        _positive(self, "max_bandwidth", none=True)
+        _positive(self, "max_bandwidth", "max_requests_per_second", none=True)
 
     @property
     def client(self) -> ClientConfig:
@@ -317,6 +320,7 @@ class NetworkConfig:
             min_bandwidth=self.min_bandwidth,
             monitor_bandwidth=self.monitor_bandwidth,
             memory_budget=self.memory_budget,
+            max_requests_per_second=self.max_requests_per_second,
         )
 
     @property

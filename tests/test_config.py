@@ -113,6 +113,7 @@ REFUSED: list[tuple[type, str, list[Any]]] = [
     (SchedulerConfig, "queue_limit", COUNTS),
     (SchedulerConfig, "min_bandwidth", SECONDS),
     (SchedulerConfig, "max_bandwidth", SECONDS_OR_NONE),
+    (SchedulerConfig, "max_requests_per_second", SECONDS_OR_NONE),
     (CacheConfig, "max_size", COUNTS),
     (CacheConfig, "memory_size", ["5", -1, None]),
     (NetworkConfig, "timeout", SECONDS),
@@ -124,6 +125,7 @@ REFUSED: list[tuple[type, str, list[Any]]] = [
     (NetworkConfig, "max_cache_size", COUNTS),
     (NetworkConfig, "min_bandwidth", SECONDS),
     (NetworkConfig, "max_bandwidth", SECONDS_OR_NONE),
+    (NetworkConfig, "max_requests_per_second", SECONDS_OR_NONE),
     (NetworkConfig, "memory_budget", COUNTS),
     (NetworkConfig, "user_agent", ["", "ä", "a\r\nb", None]),
 ]
@@ -327,6 +329,7 @@ def test_each_room_is_given_its_part() -> None:
         max_bandwidth=8,
         offline=True,
         memory_budget=400,
+        max_requests_per_second=9,
     )
     assert config.client == ClientConfig(
         timeout=1,
@@ -337,7 +340,13 @@ def test_each_room_is_given_its_part() -> None:
         max_body=400,
     )
     assert config.scheduler == SchedulerConfig(
-        max_concurrent=3, chunk_size=4, max_bandwidth=8, min_bandwidth=7, monitor_bandwidth=False, memory_budget=400
+        max_concurrent=3,
+        chunk_size=4,
+        max_bandwidth=8,
+        min_bandwidth=7,
+        monitor_bandwidth=False,
+        memory_budget=400,
+        max_requests_per_second=9,
     )
     assert config.cache == CacheConfig(directory="folder", max_size=6, memory_size=100, offline=True)
 

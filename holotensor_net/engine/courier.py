@@ -106,7 +106,9 @@ class Courier:
             order = self._routes.in_order(self._clock())
         for endpoint in order:
             try:
-                return self._clients[endpoint].head(path)
+                return self._clients[endpoint].describe(
+                    path, on_request=lambda: self._closing.wait(self._scheduler.charge())
+                )
             except Cancelled:
                 raise
             except NetworkError as error:
@@ -203,10 +205,12 @@ class Courier:
                 race.ask,
                 open_sink,
                 patience,
+                on_request=self._after_first(patience, race),
                 on_bytes=lambda size: self._pace(size, piece, patience, race),
                 on_retry=self._note_retry,
                 interrupt=race.first,
                 window=partial(self._scheduler.window, piece),
+                stride=self._scheduler.stride,
             )
             if race.is_doubled:
                 self._check_sealed(shares)
@@ -295,7 +299,7 @@ class Courier:
     def _is_worth_asking(self, endpoint: int, ask: Ask, now: float) -> bool:
         """Whether another request is spent on an endpoint that may have what it is asked for. With the lock held."""
         may_have = ask.pinned is None or self._versions.may_have(ask.path, endpoint, now)
-        return may_have and self._hedging.spend()
+        return may_have and not self._scheduler.is_rationed and self._hedging.spend()
 
     def _hedge(self, race: Race, endpoint: int, ask: Ask) -> None:
         """Bring a piece from a second endpoint into a place of its own."""
@@ -314,9 +318,11 @@ class Courier:
                 ask,
                 open_sink,
                 patience,
+                on_request=lambda: patience.sleep(self._scheduler.charge()),
                 on_bytes=lambda size: patience.sleep(self._note_bytes(size, None, endpoint)),
                 on_retry=self._note_retry,
                 interrupt=race.second,
+                stride=self._scheduler.stride,
             )
             for share in race.shares:
                 if is_sealed(share) and share.load.request.checksum is not None:
@@ -374,6 +380,20 @@ class Courier:
             cancelled=lambda: self._closing.is_set() or all(share.attempt.abandoned for share in shares),
             clock=self._clock,
         )
+
+    def _after_first(self, patience: Patience, race: Race) -> Callable[[], None]:
+        """What is called before each request for a piece: the first was counted when the piece was taken."""
+        is_first = True
+
+        def wait() -> None:
+            nonlocal is_first
+            delay = 0.0 if is_first else self._scheduler.charge()
+            is_first = False
+            if delay > 0:
+                with race.resting(self._clock):
+                    patience.sleep(delay)
+
+        return wait
 
     def _pace(self, size: int, piece: Piece, patience: Patience, race: Race) -> None:
         """Bytes of a piece have come: rest, before more are read, for as long as others go first or the rate wants."""

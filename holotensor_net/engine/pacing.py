@@ -36,17 +36,17 @@ _ENOUGH_SECONDS = 1.0
 
 
 class RateBudget:
-    """Bytes that may be spent by now, at ``rate`` bytes/s; None is without limit.
+    """Bytes, or requests, that may be spent by now, at ``rate`` of them a second; None is without limit.
 
     Spending may go into debt, which is paid off before more may be spent: what was spent is exact in the long run,
-    whatever the size of a read. What is not used is saved up to ``burst`` bytes, a twentieth of a second's by default.
+    whatever the size of a read. What is not used is saved up to ``burst``, a twentieth of a second's by default.
     """
 
     def __init__(self, rate: float | None, *, burst: float | None = None) -> None:
         if rate is not None and not 0 < rate < math.inf:
-            raise ConfigurationError(f"rate must be a number of bytes/s above 0, or None, not {rate!r}")
+            raise ConfigurationError(f"rate must be a number above 0, or None, not {rate!r}")
         if burst is not None and not 0 <= burst < math.inf:
-            raise ConfigurationError(f"burst must be a number of bytes, 0 or more, not {burst!r}")
+            raise ConfigurationError(f"burst must be a number, 0 or more, not {burst!r}")
         self._rate = math.inf if rate is None else rate
         self._burst = self._rate / 20 if burst is None else burst
         self._saved = 0.0
@@ -57,7 +57,7 @@ class RateBudget:
         return max(0.0, -self._balance(now) / self._rate)
 
     def spend(self, size: int, now: float) -> None:
-        """Count ``size`` bytes, before or after the fact."""
+        """Count so much, before or after the fact."""
         if self._rate < math.inf:
             self._saved = self._balance(now) - size
             self._at = max(now, self._at)

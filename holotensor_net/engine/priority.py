@@ -129,6 +129,11 @@ class PriorityQueue:
         with self._lock:
             return self._most_urgent()
 
+    def eldest(self) -> PrioritizedFragment | None:
+        """The one that has been here for longest, left where it is; None when the queue is empty. O(n)."""
+        with self._lock:
+            return next(iter(self._queued), None)
+
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
         """Move all fragments of this id to another level. False if there is none."""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import sys
 import threading
 import time
 from collections import deque
@@ -24,6 +25,10 @@ _LARGEST_GAP = 256 * 1024
 _MODEST = 4 * 1024 * 1024
 _LONGEST_PAUSE = 0.5  # seconds that a lower level waits at once for CRITICAL: nobody is held up for ever
 _SILENCE = 1.0  # seconds without a byte after which CRITICAL holds nobody up: it would not come sooner
+_STARVING = 1.0  # seconds in the queue, after which a fragment is given one in so many pieces, whatever its level is
+_STARVING_SHARE = 16
+_READ_SECONDS = 0.02  # of ``max_bandwidth``, that all connections may read beyond it
+_SMALLEST_READ = 2048
 _SETTLED = object()  # the state of a fragment that is done with: whatever comes too late for it is ignored
 
 
@@ -177,6 +182,9 @@ class Scheduler:
         self._parked: set[PrioritizedFragment] = set()
         self._controller = ConcurrencyController(self.config.max_concurrent)
         self._budget = RateBudget(self.config.max_bandwidth)
+        self._request_budget = RateBudget(self.config.max_requests_per_second)
+        self._pieces = 0  # since one went to who had waited for longest
+        self._looked_at = clock()  # when it was looked for
         self._active = 0
         self._total_bytes = 0
         self._completed = 0
@@ -367,6 +375,22 @@ class Scheduler:
             self._revise(now)
             return self._budget.delay(now)
 
+    def charge(self) -> float:
+        """Count another request than the one that a piece was taken for; gives the seconds to pause before it, so that
+        ``max_requests_per_second`` holds."""
+        with self._changed:
+            now = self._clock()
+            delay = self._request_budget.delay(now)
+            self._request_budget.spend(1, now)
+            return delay
+
+    def stride(self) -> int:
+        """Bytes of one read at most: what is read at once cannot be held to a rate."""
+        rate = self.config.max_bandwidth
+        if rate is None:
+            return sys.maxsize
+        return max(_SMALLEST_READ, int(rate * _READ_SECONDS / max(1, self._active)))
+
     def gives_way(self, piece: Piece) -> bool:
         """Whether ``give_way`` might have to wait."""
         return self._urgent > 0 and not _is_urgent(piece)
@@ -388,12 +412,15 @@ class Scheduler:
         """Bytes of a piece that may be on the way and unread; None for any number.
 
         Whoever pauses stops reading, but the kernel goes on receiving until its buffer is full. So work of low priority
-        has little room there, and once anything was CRITICAL, all has that would have to give way.
+        has little room there, and once anything was CRITICAL, all has that would have to give way. Where there is a
+        rate to be kept, everything has as much as that rate fills.
         """
-        if _is_urgent(piece) or (piece.priority < Priority.LOW and not self._has_been_urgent):
+        rate, round_trip = self.monitor.current_bandwidth, self.monitor.round_trip
+        if self.config.max_bandwidth is not None:
+            rate, round_trip = self.config.max_bandwidth, round_trip or _ROUND_TRIP
+        elif _is_urgent(piece) or (piece.priority < Priority.LOW and not self._has_been_urgent):
             return None
-        monitor = self.monitor
-        return window_worth_filling(monitor.round_trip, monitor.current_bandwidth, connections=self._active)
+        return window_worth_filling(round_trip, rate, connections=self._active)
 
     # -- what is going on
 
@@ -438,10 +465,21 @@ class Scheduler:
         """Bytes/s, lately."""
         return self.monitor.current_bandwidth
 
+    @property
+    def is_rationed(self) -> bool:
+        """Whether what is queued waits for ``max_bandwidth`` or ``max_requests_per_second``."""
+        with self._changed:
+            return len(self._queue) > 0 and self._ration(self._clock()) > 0
+
     def should_throttle(self) -> bool:
-        """Whether the network gives less than ``min_bandwidth`` while it is used: asking for more would not help."""
+        """Whether whoever makes requests ought to hold back, as more of them would only wait: what is queued waits for
+        a rate limit, the queue is half full, or the network is in use and gives less than ``min_bandwidth``.
+
+        It says nothing for good: ask again before the next.
+        """
         measured = self.monitor.current_bandwidth
-        return self.config.monitor_bandwidth and self._active > 0 and 0 < measured < self.config.min_bandwidth
+        is_slow = self.config.monitor_bandwidth and self._active > 0 and 0 < measured < self.config.min_bandwidth
+        return is_slow or self.is_half_full or self.is_rationed
 
     def stats(self) -> SchedulerStats:
         """A snapshot of everything that is counted here."""
@@ -523,7 +561,11 @@ class Scheduler:
             is_urgent = fragment.priority == Priority.CRITICAL and self._urgent < self.limit
             if not is_urgent or self._active >= self._most:
                 return None
-        return self._budget.delay(now)
+        return self._ration(now)
+
+    def _ration(self, now: float) -> float:
+        """Seconds until the rate limits allow another piece."""
+        return max(self._budget.delay(now), self._request_budget.delay(now))
 
     def _must_give_way(self, now: float) -> bool:
         return not self._closed and self._urgent > 0 and now < self._urgent_at + _SILENCE
@@ -558,9 +600,20 @@ class Scheduler:
         assert isinstance(fragment.state, Plan)
         return fragment.state
 
-    def _take(self, now: float) -> Piece:
+    def _next_fragment(self, now: float) -> PrioritizedFragment:
+        """The most urgent; but nobody waits for ever, unless for CRITICAL."""
         fragment = self._queue.peek()
         assert fragment is not None
+        self._pieces += 1
+        is_turn = self._pieces >= _STARVING_SHARE and now >= self._looked_at + _STARVING / _STARVING_SHARE
+        if not is_turn or fragment.priority == Priority.CRITICAL:
+            return fragment
+        self._pieces, self._looked_at = 0, now
+        eldest = self._queue.eldest()
+        return fragment if eldest is None or now < eldest.queued_at + _STARVING else eldest
+
+    def _take(self, now: float) -> Piece:
+        fragment = self._next_fragment(now)
         is_short = self._is_short(fragment)
         wanted = self._take_range(fragment)
         parts = [self._part(fragment, wanted), *(self._neighbours(fragment, wanted) if is_short else [])]
@@ -570,6 +623,7 @@ class Scheduler:
             self._begin_interval(now)
         self._account(now)
         self._active += 1
+        self._request_budget.spend(1, now)
         piece = Piece(tuple(parts), RangeRequest(parts[0].byte_range.start, parts[-1].byte_range.stop))
         self._in_flight.add(piece)
         if fragment.priority == Priority.CRITICAL:

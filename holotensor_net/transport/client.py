@@ -17,6 +17,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -78,6 +79,16 @@ _TRAVELS = frozenset(
         "user-agent",
     )
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How fast a transfer may go: what is called before each request and after each block, which may wait, and how
+    many bytes a block may have."""
+
+    on_request: Callable[[], object]
+    on_bytes: Callable[[int], None]
+    stride: Callable[[], int]
 
 
 class HttpClient:
@@ -180,15 +191,20 @@ class HttpClient:
 
     def head(self, path: str) -> HeadInfo:
         """What the server says of the object: size, validators, whether it serves ranges. No body is moved."""
+        return self.describe(path)
+
+    def describe(self, path: str, *, on_request: Callable[[], object] = lambda: None) -> HeadInfo:
+        """``head``; ``on_request`` as for ``transfer``."""
         self._settle()
         patience, allowance = self._patience(), Allowance(self._host)
+        headers = {"Accept-Encoding": "identity"}
 
         def ask() -> HeadInfo:
-            with self._answer("HEAD", path, {"Accept-Encoding": "identity"}, patience) as (response, headers):
+            with self._answer("HEAD", path, headers, patience, on_request=on_request) as (response, said):
                 if response.status_code != 200:
-                    raise guards.error_of_status(response.status_code, headers, self._wall())
-                guards.check_encoding(headers)
-                return guards.head_info(headers, guards.content_length(headers), ranges=False)
+                    raise guards.error_of_status(response.status_code, said, self._wall())
+                guards.check_encoding(said)
+                return guards.head_info(said, guards.content_length(said), ranges=False)
 
         with self._told_where(path, None):
             result: HeadInfo = retrying(self.config.retry, patience, may_retry=allowance.pays)(ask)
@@ -201,31 +217,35 @@ class HttpClient:
         open_sink: OpenSink,
         patience: Patience | None = None,
         *,
+        on_request: Callable[[], object] = lambda: None,
         on_bytes: Callable[[int], None] = lambda _: None,
         on_retry: Callable[[NetworkError], None] = lambda _: None,
         compressed: bool = False,
         interrupt: Interrupt | None = None,
         window: Callable[[], int | None] | None = None,
+        stride: Callable[[], int] = lambda: _STRIDE,
     ) -> Answer:
         """Move what ``ask`` names into the sink, however many requests it takes; the engine's door.
 
-        ``on_bytes`` is told of every block as it arrives, and may wait (a rate limit) or raise; ``on_retry`` of every
-        failure that is followed by another attempt. ``interrupt`` cuts the transfer's connections; its event belongs
-        into ``patience``, which says in what error that ends. ``window`` says how many bytes may come ahead of being
-        read, None for any number; it is asked again and again. Raises ObjectChanged when the version moves under the
-        transfer, RangeNotSupported for a 200 to a range, ConfigurationError for an empty range, RetriesExhausted, and
-        the rest of the tree.
+        ``on_request`` is called before each request, retries and redirects included, and ``on_bytes`` told of every
+        block as it arrives; both may wait (a rate limit) or raise. ``on_retry`` is told of every failure that is
+        followed by another attempt. ``interrupt`` cuts the transfer's connections; its event belongs into ``patience``,
+        which says in what error that ends. ``window`` says how many bytes may come ahead of being read, None for any
+        number, and ``stride`` how many a block may have; both are asked again and again. Raises ObjectChanged when the
+        version moves under the transfer, RangeNotSupported for a 200 to a range, ConfigurationError for an empty range,
+        RetriesExhausted, and the rest of the tree.
         """
         self._settle()
         patience, allowance = patience or self._patience(), Allowance(self._host)
         known = ask.pinned if ask.pinned is not None and ask.pinned.is_strong else None
         wanted = ask.byte_range
         state = Transfer(ask, wanted.start if wanted else 0, wanted.stop if wanted else ask.size, known, ask.size)
+        pace = _Pace(on_request, on_bytes, stride)
 
         def attempt() -> None:
             for _ in range(_MOST_CONTINUATIONS):
                 patience.check()
-                self._ask_once(state, open_sink, patience, on_bytes, compressed)
+                self._ask_once(state, open_sink, patience, pace, compressed)
                 if state.done:
                     return
                 if state.version is None:
@@ -250,13 +270,17 @@ class HttpClient:
         state: Transfer,
         open_sink: OpenSink,
         patience: Patience,
-        on_bytes: Callable[[int], None],
+        pace: _Pace,
         compressed: bool,
     ) -> None:
+        def begin() -> None:
+            pace.on_request()
+            state.count()
+
         state.resume()
         headers = state.conditions()
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
-        with self._answer("GET", state.ask.path, headers, patience, on_request=state.count) as (response, said):
+        with self._answer("GET", state.ask.path, headers, patience, on_request=begin) as (response, said):
             length = state.judge(response.status_code, said, self._wall(), compressed=compressed)
             if state.done:
                 return
@@ -267,7 +291,7 @@ class HttpClient:
                 )
                 state.write = open_sink(state.head, coming)
             state.expect(said, length)
-            self._move(response, state, length, patience, on_bytes)
+            self._move(response, state, length, patience, pace)
 
     def _move(
         self,
@@ -275,14 +299,16 @@ class HttpClient:
         state: Transfer,
         length: int | None,
         patience: Patience,
-        on_bytes: Callable[[int], None],
+        pace: _Pace,
     ) -> None:
         """Write the body to its place; its end is what was announced, no byte more or less."""
         raw, left = response.raw, length
         while left is None or left > 0:
-            size = self._fill(response, state, left) if left is not None and _said(response).is_plain else None
+            most = min(_STRIDE, pace.stride())
+            is_plain = left is not None and _said(response).is_plain
+            size = self._fill(response, state, min(left, most)) if left is not None and is_plain else None
             if size is None:
-                block = raw.read1(_BLOCK if left is None else min(left, _BLOCK))
+                block = raw.read1(min(_BLOCK, most) if left is None else min(left, _BLOCK, most))
                 size = len(block)
                 if left is not None and size > left:
                     raise ProtocolError("the server sent more than it announced")
@@ -291,7 +317,7 @@ class HttpClient:
             if not size:
                 break
             left = None if left is None else left - size
-            on_bytes(size)
+            pace.on_bytes(size)
             patience.check()
         if left:
             patience.check()
@@ -300,14 +326,14 @@ class HttpClient:
             raise ProtocolError("the server sent more than it announced")
         state.end(is_all=left is None)
 
-    def _fill(self, response: requests.Response, state: Transfer, left: int) -> int:
+    def _fill(self, response: requests.Response, state: Transfer, most: int) -> int:
         """Have the socket fill the place of the bytes that come next; gives their number, 0 at the end.
 
         urllib3 gives bytes objects, new memory for each block: what it takes to touch that, and to copy it, is most of
         what a fast transfer costs. It is told how far the body has come, and has nothing else to do with a plain one.
         """
-        room = state.room(min(left, _STRIDE))
-        block = self._buffer()[: min(left, state.block(_BLOCK))] if room is None else room
+        room = state.room(most)
+        block = self._buffer()[: min(most, state.block(_BLOCK))] if room is None else room
         said = _said(response)
         size: int = said.readinto1(block)
         response.raw.length_remaining = said.length
@@ -332,7 +358,7 @@ class HttpClient:
         headers: Mapping[str, str],
         patience: Patience,
         *,
-        on_request: Callable[[], None] = lambda: None,
+        on_request: Callable[[], object] = lambda: None,
     ) -> Iterator[tuple[requests.Response, dict[str, str]]]:
         """The answer to one request, after redirects, and its headers, names in lower case; its connection is reused
         only if the body was read to its end."""
@@ -391,6 +417,10 @@ class HttpClient:
             raise Cancelled("the client is closed: make a new one")
         patience.check()
 
+    def _until(self, end: float, patience: Patience) -> float:
+        """Seconds that the head of an answer may still take."""
+        return min(end - self._clock(), patience.remaining(self.config.timeout))
+
     def _host_at(self, url: str, asked: str) -> Host:
         """Who answers there: our own host, which was ``asked``, or one that it sent us to."""
         origin = _origin_of(url)
@@ -402,7 +432,7 @@ class HttpClient:
         url: str,
         headers: Mapping[str, str],
         patience: Patience,
-        on_request: Callable[[], None],
+        on_request: Callable[[], object],
     ) -> tuple[requests.Response, str | None]:
         """As ``_follow``; what was refused is asked for once more with what may be fresh: the token that a function
         gives, after a 401, or the signed address that a redirect leads to. A token that was refused is not sent again.
@@ -432,7 +462,7 @@ class HttpClient:
         url: str,
         own: Mapping[str, str],
         patience: Patience,
-        on_request: Callable[[], None],
+        on_request: Callable[[], object],
     ) -> tuple[requests.Response, str | None]:
         """The first answer that is no redirect, and the tag that our own server linked to it on the way, if any.
 
@@ -449,8 +479,10 @@ class HttpClient:
             refusal = None if _origin_of(url) == home else HOSTS.of(_origin_of(url)).refusal(self._clock())
             if refusal is not None:
                 raise refusal
+            ready_at = self._clock()
             on_request()
-            self._sockets.wait_at_most(lambda: min(headed_by - self._clock(), patience.remaining(timeout)))
+            headed_by += self._clock() - ready_at
+            self._sockets.wait_at_most(functools.partial(self._until, headed_by, patience))
             response = session.get_adapter(url).send(
                 request,
                 stream=True,

@@ -168,9 +168,7 @@ class Line:
         patience: Any,
         *,
         on_bytes: Any,
-        on_retry: Any,
-        interrupt: Any,
-        window: Any = None,
+        **_: Any,
     ) -> Answer:
         call = Call(self._endpoint, ask, open_sink, patience, on_bytes)
         self._calls.put(call)

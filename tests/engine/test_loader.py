@@ -587,14 +587,84 @@ def test_what_is_moved_up_overtakes_at_the_server(make: Make, served: Callable[.
     assert [record.path for record in server.requests()] == ["/a", "/d", "/b", "/c"]
 
 
-def test_a_rate_is_kept(make: Make, served: Callable[..., Origin], tmp_path: Path) -> None:
-    server = served()
-    rate, data = 1_000_000.0, random.Random(6).randbytes(2_100_000)
-    (tmp_path / "www" / "big").write_bytes(data)
-    loader = make(server.url, max_bandwidth=rate, chunk_size=200_000)
-    began = time.monotonic()
-    assert loader.load(LoadRequest("big", "big")).data == data
-    assert 0.3 * rate < len(data) / (time.monotonic() - began) < 1.1 * rate
+def most_in(seen: list[tuple[float, float, int]], seconds: float) -> float:
+    """Of what was counted again and again (a moment before, one after, and the count), the most that came within so
+    many seconds, at the very least."""
+    return max(
+        (later - earlier) * min(1.0, seconds / (end - begin))
+        for begin, _, earlier in seen
+        for _, end, later in seen
+        if end - begin >= seconds
+    )
+
+
+def watch(count: Callable[[], int], seconds: float) -> list[tuple[float, float, int]]:
+    """A count, again and again, and between which moments it was taken; it has begun by then."""
+    tick, seen = threading.Event(), []
+    until(lambda: count() > 0)
+    end = time.monotonic() + 1.1 * seconds
+    while (begin := time.monotonic()) < end:
+        counted = count()
+        seen.append((begin, time.monotonic(), counted))
+        tick.wait(seconds / 100)
+    return seen
+
+
+# A machine that is busy makes everything later, never sooner: so nothing may ever be too fast, and once in three times
+# has to be fast enough.
+SECONDS = [1.0, pytest.param(5.0, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("seconds", SECONDS)
+@pytest.mark.parametrize("settings", [{}, {"monitor_bandwidth": False, "max_concurrent": 16}], ids=["found", "fixed"])
+def test_a_rate_is_kept(
+    make: Make, served: Callable[..., Origin], tmp_path: Path, settings: dict[str, Any], seconds: float
+) -> None:
+    server, rate, slack = served(), 8e6, 0.03 * 5.0
+    (tmp_path / "www" / "big").write_bytes(random.Random(6).randbytes(1 << 20) * (int(rate * 1.5 * seconds) >> 20))
+    shares = []
+    for _ in range(3):
+        loader = make(server.url, max_bandwidth=rate, chunk_size=1 << 20, cache_dir=False, **settings)
+        future = loader.enqueue(LoadRequest("big", "big"))
+        came = most_in(watch(lambda loader=loader: loader.stats().bytes_fetched, seconds), seconds)  # type: ignore[misc]
+        future.cancel()
+        loader.close()
+        assert came <= rate * (seconds + slack)
+        shares.append(came / (rate * seconds))
+        if shares[-1] >= 0.97:
+            return
+    pytest.fail(f"too slow: {shares}")
+
+
+@pytest.mark.parametrize("seconds", SECONDS)
+def test_a_rate_of_requests_is_kept(make: Make, served: Callable[..., Origin], tmp_path: Path, seconds: float) -> None:
+    server, rate, slack = served(), 100.0, 0.03 * 5.0
+    shares = []
+    for attempt in range(3):
+        loader = make(server.url, max_requests_per_second=rate, cache_dir=False)
+        before = server.stats().requests
+        futures = [
+            loader.enqueue(LoadRequest(f"{attempt} {n}", "file", byte_range=RangeRequest(n % 97, len(DATA) - n // 97)))
+            for n in range(int(rate * 1.5 * seconds))
+        ]
+        came = most_in(watch(lambda before=before: server.stats().requests - before, seconds), seconds)  # type: ignore[misc]
+        for future in futures:
+            future.cancel()
+        loader.close()
+        assert came <= rate * (seconds + slack)
+        shares.append(came / (rate * seconds))
+        if shares[-1] >= 0.97:
+            return
+    pytest.fail(f"too slow: {shares}")
+
+
+def test_requests_beyond_the_first_for_a_piece_count_for_the_rate(make: Make) -> None:
+    redirects = [b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n"] * 2
+    with Wire(*redirects, answer(DATA)) as server:
+        loader = make(server.url, max_requests_per_second=10.0)
+        began = time.monotonic()
+        assert loader.load(REQUEST).data == DATA
+        assert time.monotonic() - began >= 0.2
 
 
 def test_the_pool_grows_where_each_connection_is_slow(

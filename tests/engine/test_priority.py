@@ -140,6 +140,16 @@ def test_peek_leaves_what_it_shows():
     assert queue.peek() is None
 
 
+def test_the_eldest_is_the_one_that_was_pushed_first_and_stays():
+    queue = PriorityQueue()
+    assert queue.eldest() is None
+    first, second = queue.push(request("a", Priority.LOW)), queue.push(request("b", Priority.HIGH))
+    assert (queue.eldest(), len(queue)) == (first, 2)
+    queue.discard(first)
+    queue.push(first)
+    assert queue.eldest() is second
+
+
 def test_a_request_is_queued_as_from_now():
     queue = PriorityQueue(clock=Clock(50.0))
     fragment = queue.push(request(deadline=20.0))

@@ -705,6 +705,114 @@ def test_whoever_waits_for_the_budget_is_served_when_it_allows() -> None:
     assert piece.fragment_id == "b"
 
 
+def test_a_rate_of_requests_is_kept_by_waiting_before_the_next_piece() -> None:
+    clock = Clock()
+    queue = scheduler(clock, max_requests_per_second=10.0)
+    queue.enqueue_many(LoadRequest(str(number), str(number)) for number in range(200))
+    taken = 0
+    while clock.now < 105.0:
+        taken += len(drain(queue))
+        clock.now += 0.01
+    assert 48 <= taken <= 51
+
+
+def test_a_second_request_for_a_piece_is_paid_for_by_the_pieces_that_follow() -> None:
+    clock = Clock()
+    queue = scheduler(clock, max_requests_per_second=10.0)
+    queue.enqueue_many([LoadRequest("a", "a"), LoadRequest("b", "b")])
+    assert len(drain(queue)) == 1
+    assert queue.charge() == pytest.approx(0.1)
+    assert queue.charge() == pytest.approx(0.2)
+    clock.now += 0.29
+    assert drain(queue) == []
+    clock.now += 0.02
+    assert len(drain(queue)) == 1
+
+
+def test_critical_is_given_the_next_request_that_may_be_made() -> None:
+    clock = Clock()
+    queue = scheduler(clock, max_requests_per_second=10.0)
+    queue.enqueue_many(LoadRequest(name, name) for name in "ab")
+    assert len(drain(queue)) == 1
+    queue.enqueue(LoadRequest("urgent", "urgent", priority=Priority.CRITICAL))
+    clock.now += 0.11
+    assert [piece.fragment_id for piece in drain(queue)] == ["urgent"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "connections", "bytes_"), [(None, 4, 1 << 30), (1e6, 1, 20_000), (1e6, 4, 5_000), (1e3, 1, 2048)]
+)
+def test_what_is_read_at_once_is_little_where_there_is_a_rate_to_be_kept(
+    rate: float | None, connections: int, bytes_: int
+) -> None:
+    queue = scheduler(max_bandwidth=rate)
+    queue.enqueue_many(LoadRequest(str(number), str(number)) for number in range(connections))
+    drain(queue)
+    assert queue.stride() == bytes_ if rate else queue.stride() >= bytes_
+
+
+def test_what_a_server_may_send_ahead_is_little_where_there_is_a_rate_to_be_kept() -> None:
+    queue = scheduler(max_bandwidth=20e6)
+    queue.enqueue(part_of("a", 0, CHUNK, priority=Priority.CRITICAL))
+    (piece,) = drain(queue)
+    assert queue.window(piece) == 960_000  # nothing is known yet: 20 ms
+    queue.monitor.record_round_trip(0.001)
+    assert queue.window(piece) == 200_000
+
+
+def test_nobody_waits_for_ever_while_what_is_more_urgent_keeps_coming() -> None:
+    clock = Clock()
+    queue = scheduler(clock, max_concurrent=1)
+    queue.enqueue(LoadRequest("low", "low", priority=Priority.LOW))
+    taken: list[str] = []
+    while "low" not in taken:
+        assert clock.now < 105
+        queue.enqueue(LoadRequest("high", "high", priority=Priority.HIGH))
+        piece = queue.next(timeout=0)
+        assert piece is not None
+        taken.append(piece.fragment_id)
+        clock.now += 0.02
+        queue.release(piece)
+        queue.settle(piece.fragment, success=True)
+    assert len(taken) >= 16
+    assert clock.now > 101
+
+
+def test_critical_is_made_to_wait_for_nobody() -> None:
+    clock = Clock()
+    queue = scheduler(clock, max_concurrent=200)
+    queue.enqueue(LoadRequest("low", "low", priority=Priority.LOW))
+    queue.enqueue_many(LoadRequest(str(n), str(n), priority=Priority.CRITICAL) for n in range(100))
+    clock.now += 10
+    assert drain(queue)[-1].fragment_id == "low"
+
+
+@pytest.mark.parametrize("limit", [{"max_bandwidth": 1000.0}, {"max_requests_per_second": 10.0}], ids=str)
+def test_while_what_is_queued_waits_for_a_rate_callers_are_asked_to_hold_back(limit: dict[str, float]) -> None:
+    clock = Clock()
+    queue = scheduler(clock, **limit)
+    queue.enqueue_many([LoadRequest("a", "a"), LoadRequest("b", "b")])
+    assert not queue.should_throttle()
+    (piece,) = [queue.next()]
+    queue.record(1000, piece)
+    assert queue.should_throttle()
+    clock.now += 1.1
+    assert not queue.should_throttle()
+    queue.record(1000, piece)
+    queue.clear()
+    assert not queue.should_throttle()  # nothing waits
+
+
+def test_while_the_queue_is_half_full_callers_are_asked_to_hold_back() -> None:
+    queue = scheduler(queue_limit=4)
+    queue.enqueue(LoadRequest("a", "a"))
+    assert not queue.should_throttle()
+    queue.enqueue(LoadRequest("b", "b"))
+    assert queue.should_throttle()
+    drain(queue)
+    assert not queue.should_throttle()
+
+
 @pytest.mark.parametrize(
     ("is_monitored", "rate", "active", "throttles"),
     [(True, 10, 1, True), (True, 10, 0, False), (True, 1000, 1, False), (True, 0, 1, False), (False, 10, 1, False)],
