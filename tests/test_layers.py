@@ -25,7 +25,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "values", "config"),
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
-        *("transport/transfer", "transport/digests", "transport/translation"),
+        *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter"),
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
         *("storage/claims",),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
@@ -52,6 +52,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
 STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("values", "config")),
     (("transport/guards", "transport/digests"), ("transport/transfer",)),
+    (("transport/sockets",), ("transport/adapter",)),
     (
         ("formats/strict_json", "formats/dtypes"),
         ("formats/tensors",),
@@ -81,8 +82,8 @@ FOLDERS = ("transport", "storage", "engine", "formats", "model", "stream_cache",
 
 # One room, or one folder (with its slash), has a library to itself.
 MONOPOLIES: dict[str, tuple[str, ...]] = {
-    "requests": ("transport/client", "transport/translation"),
-    "urllib3": ("transport/client", "transport/sockets", "transport/translation"),
+    "requests": ("transport/client", "transport/adapter", "transport/translation"),
+    "urllib3": ("transport/client", "transport/adapter", "transport/sockets", "transport/translation"),
     "tenacity": ("transport/retry",),
     "cachetools": ("storage/cache", "stream_cache/"),
     "platformdirs": ("config",),

@@ -18,12 +18,10 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 
 from ..config import CdnEndpoint, ClientConfig, NetworkConfig
@@ -41,9 +39,10 @@ from ..errors import (
 )
 from ..values import HeadInfo, RangeRequest
 from . import guards
+from .adapter import Adapter, Reply, ask
 from .digests import LINKED, check_digests
 from .retry import HOSTS, Allowance, Host, Patience, retrying
-from .sockets import Interrupt, LiveSockets, pool_classes
+from .sockets import Interrupt, LiveSockets
 from .transfer import Answer, Ask, OpenSink, Transfer, Write
 from .translation import translated
 
@@ -200,9 +199,9 @@ class HttpClient:
         headers = {"Accept-Encoding": "identity"}
 
         def ask() -> HeadInfo:
-            with self._answer("HEAD", path, headers, patience, on_request=on_request) as (response, said):
-                if response.status_code != 200:
-                    raise guards.error_of_status(response.status_code, said, self._wall())
+            with self._answer("HEAD", path, headers, patience, on_request=on_request) as (reply, said):
+                if reply.status != 200:
+                    raise guards.error_of_status(reply.status, said, self._wall())
                 guards.check_encoding(said)
                 return guards.head_info(said, guards.content_length(said), ranges=False)
 
@@ -280,8 +279,8 @@ class HttpClient:
         state.resume()
         headers = state.conditions()
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
-        with self._answer("GET", state.ask.path, headers, patience, on_request=begin) as (response, said):
-            length = state.judge(response.status_code, said, self._wall(), compressed=compressed)
+        with self._answer("GET", state.ask.path, headers, patience, on_request=begin) as (reply, said):
+            length = state.judge(reply.status, said, self._wall(), compressed=compressed)
             if state.done:
                 return
             assert state.head is not None
@@ -291,24 +290,24 @@ class HttpClient:
                 )
                 state.write = open_sink(state.head, coming)
             state.expect(said, length)
-            self._move(response, state, length, patience, pace)
+            self._move(reply, state, length, patience, pace)
 
     def _move(
         self,
-        response: requests.Response,
+        reply: Reply,
         state: Transfer,
         length: int | None,
         patience: Patience,
         pace: _Pace,
     ) -> None:
         """Write the body to its place; its end is what was announced, no byte more or less."""
-        raw, left = response.raw, length
+        left = length
         while left is None or left > 0:
             most = min(_STRIDE, pace.stride())
-            is_plain = left is not None and _said(response).is_plain
-            size = self._fill(response, state, min(left, most)) if left is not None and is_plain else None
+            is_plain = left is not None and reply.is_plain
+            size = self._fill(reply, state, min(left, most)) if left is not None and is_plain else None
             if size is None:
-                block = raw.read1(min(_BLOCK, most) if left is None else min(left, _BLOCK, most))
+                block = reply.read1(min(_BLOCK, most) if left is None else min(left, _BLOCK, most))
                 size = len(block)
                 if left is not None and size > left:
                     raise ProtocolError("the server sent more than it announced")
@@ -322,21 +321,15 @@ class HttpClient:
         if left:
             patience.check()
             raise ConnectionFailed("the connection was cut in the middle of the body", established=True)
-        if raw.read1(1) or _said(response).has_excess:
+        if reply.read1(1) or reply.has_excess:
             raise ProtocolError("the server sent more than it announced")
         state.end(is_all=left is None)
 
-    def _fill(self, response: requests.Response, state: Transfer, most: int) -> int:
-        """Have the socket fill the place of the bytes that come next; gives their number, 0 at the end.
-
-        urllib3 gives bytes objects, new memory for each block: what it takes to touch that, and to copy it, is most of
-        what a fast transfer costs. It is told how far the body has come, and has nothing else to do with a plain one.
-        """
+    def _fill(self, reply: Reply, state: Transfer, most: int) -> int:
+        """Have the socket fill the place of the bytes that come next; gives their number, 0 at the end."""
         room = state.room(most)
         block = self._buffer()[: min(most, state.block(_BLOCK))] if room is None else room
-        said = _said(response)
-        size: int = said.readinto1(block)
-        response.raw.length_remaining = said.length
+        size = reply.readinto1(block)
         if size:
             state.advance(block[:size], is_in_place=room is not None)
         return size
@@ -359,7 +352,7 @@ class HttpClient:
         patience: Patience,
         *,
         on_request: Callable[[], object] = lambda: None,
-    ) -> Iterator[tuple[requests.Response, dict[str, str]]]:
+    ) -> Iterator[tuple[Reply, dict[str, str]]]:
         """The answer to one request, after redirects, and its headers, names in lower case; its connection is reused
         only if the body was read to its end."""
         url = self.endpoint.url_of(path)
@@ -367,20 +360,20 @@ class HttpClient:
         self._check(patience)
         with self._turn(patience):
             try:
-                response, linked = self._admitted(method, url, headers, patience, on_request)
+                reply, linked = self._admitted(method, url, headers, patience, on_request)
                 with translated():
                     try:
-                        said = {name.lower(): value.strip(" \t") for name, value in response.headers.items()}
+                        said = reply.headers
                         said.pop(LINKED, None)  # of whoever answered in the end
-                        yield response, said | ({LINKED: linked} if linked else {})
-                        self._drain(response, patience)
+                        yield reply, said | ({LINKED: linked} if linked else {})
+                        self._drain(reply, patience)
                     except HttpError as error:
                         if isinstance(error, RateLimited):
-                            self._host_at(response.url, url).silence(error, self._clock())
-                        self._drain(response, patience)
+                            self._host_at(reply.url, url).silence(error, self._clock())
+                        self._drain(reply, patience)
                         raise
                     finally:
-                        _close(response)
+                        reply.close()
             except (ConnectionFailed, Timeout):
                 self._check(patience)  # an interrupted wait ends in whatever error the moment makes: say what it was
                 raise
@@ -433,27 +426,27 @@ class HttpClient:
         headers: Mapping[str, str],
         patience: Patience,
         on_request: Callable[[], object],
-    ) -> tuple[requests.Response, str | None]:
+    ) -> tuple[Reply, str | None]:
         """As ``_follow``; what was refused is asked for once more with what may be fresh: the token that a function
         gives, after a 401, or the signed address that a redirect leads to. A token that was refused is not sent again.
         """
         own = self._own_headers(headers)
         with translated():
-            response, linked = self._follow(method, url, own, patience, on_request)
-        if response.status_code not in _REFUSED:
-            return response, linked
+            reply, linked = self._follow(method, url, own, patience, on_request)
+        if reply.status not in _REFUSED:
+            return reply, linked
         try:
-            is_redirected = response.url != _prepared(method, url, own).url
-            fresh = self._own_headers(headers) if response.status_code == 401 or is_redirected else own
+            is_redirected = reply.url != _prepared(method, url, own).url
+            fresh = self._own_headers(headers) if reply.status == 401 or is_redirected else own
             if fresh == own and not is_redirected:
-                return response, linked
-            self._drain(response, patience)
+                return reply, linked
+            self._drain(reply, patience)
         except BaseException:
-            _close(response)
+            reply.close()
             raise
         self._check(patience)
         with translated():
-            _close(response)
+            reply.close()
             return self._follow(method, url, fresh, patience, on_request)
 
     def _follow(
@@ -463,7 +456,7 @@ class HttpClient:
         own: Mapping[str, str],
         patience: Patience,
         on_request: Callable[[], object],
-    ) -> tuple[requests.Response, str | None]:
+    ) -> tuple[Reply, str | None]:
         """The first answer that is no redirect, and the tag that our own server linked to it on the way, if any.
 
         Its head has both timeouts together to come, however it drips. Raises RateLimited where a redirect leads to a
@@ -483,9 +476,9 @@ class HttpClient:
             on_request()
             headed_by += self._clock() - ready_at
             self._sockets.wait_at_most(functools.partial(self._until, headed_by, patience))
-            response = session.get_adapter(url).send(
+            reply = ask(
+                session,
                 request,
-                stream=True,
                 timeout=(
                     max(0.001, patience.remaining(self.config.connect_timeout)),
                     max(0.001, patience.remaining(timeout)),
@@ -493,30 +486,30 @@ class HttpClient:
                 verify=self._verify(url),
                 proxies=self._proxies(url),
             )
-            location = response.headers.get("location")
-            if response.status_code not in _REDIRECTS or location is None:
+            location = reply.headers.get("location")
+            if reply.status not in _REDIRECTS or location is None:
                 self._sockets.wait_at_most(lambda: patience.remaining(timeout))
-                return response, linked
+                return reply, linked
             if _origin_of(url) == home:
-                linked = response.headers.get(LINKED, linked)
+                linked = reply.headers.get(LINKED, linked)
             try:
                 target = _hop(url, location)
-                self._drain(response, patience)
+                self._drain(reply, patience)
             finally:
-                _close(response)
+                reply.close()
             if _origin_of(target) != home:
                 own = {name: value for name, value in own.items() if name.lower() in _TRAVELS}
             request = _prepared(method, target, own)
             self._check(patience)
-        raise HttpError(response.status_code, f"more than {self.config.max_redirects} redirects")
+        raise HttpError(reply.status, f"more than {self.config.max_redirects} redirects")
 
-    def _drain(self, response: requests.Response, patience: Patience) -> None:
+    def _drain(self, reply: Reply, patience: Patience) -> None:
         """Read what little is left of a body, so that its connection can be used again; a long rest is not worth it."""
         left = _DRAIN
         ends = self._clock() + patience.remaining(_DRAIN_SECONDS)
         self._sockets.wait_at_most(lambda: ends - self._clock())
         with contextlib.suppress(OSError, urllib3.exceptions.HTTPError):
-            while left > 0 and (block := response.raw.read1(min(left, _BLOCK))):
+            while left > 0 and (block := reply.read1(min(left, _BLOCK))):
                 left -= len(block)
 
     def _session(self) -> requests.Session:
@@ -525,7 +518,7 @@ class HttpClient:
             session = requests.Session()
             session.trust_env = False
             for scheme in ("http://", "https://"):
-                session.mount(scheme, _Adapter(self._sockets))
+                session.mount(scheme, Adapter(self._sockets))
             with self._lock:
                 self._sessions.add(session)
             self._local.session = session
@@ -579,23 +572,6 @@ class HttpClient:
                 error.url = redact_url(f"{self.endpoint.url.rstrip('/')}/{path.lstrip('/')}")
                 error.byte_range = byte_range
             raise
-
-
-class _Adapter(HTTPAdapter):
-    """requests' adapter over connections that can be interrupted, one for each host of a session."""
-
-    def __init__(self, sockets: LiveSockets) -> None:
-        self._pool_classes = pool_classes(sockets)
-        super().__init__(pool_connections=8, pool_maxsize=2, max_retries=0)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = self._pool_classes
-
-    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = self._pool_classes
-        return manager
 
 
 @functools.lru_cache(256)
@@ -669,15 +645,3 @@ def _hop(url: str, location: str) -> str:
     if urlsplit(url).scheme == "https" and scheme == "http":
         raise InvalidUrl("the server redirects from https to http, which would give up encryption")
     return target
-
-
-def _close(response: requests.Response) -> None:
-    """Give the connection back if its body ended, else cut it: a pool would hand the rest to the next request."""
-    if not _said(response).isclosed():
-        response.raw.close()
-    response.raw.release_conn()
-
-
-def _said(response: requests.Response) -> Any:
-    """The answer itself, as ``sockets`` reads it."""
-    return response.raw._original_response

@@ -22,18 +22,24 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from urllib3 import connectionpool
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, HeaderParsingError, NameResolutionError, NewConnectionError
+from urllib3.exceptions import (
+    ClosedPoolError,
+    ConnectTimeoutError,
+    HeaderParsingError,
+    NameResolutionError,
+    NewConnectionError,
+)
 from urllib3.util import wait_for_write
 from urllib3.util.response import assert_header_parsing
 
 from ..errors import without_query
 
-__all__ = ["SLOWEST", "Interrupt", "LiveSockets", "pool_classes"]
+__all__ = ["SLOWEST", "Answer", "Interrupt", "LiveSockets", "Pool", "pool_classes"]
 
 SLOWEST = 128.0
 """Bytes/s. What comes slower than this, over a whole window, is a drip."""
@@ -136,6 +142,13 @@ class LiveSockets:
             raise TimeoutError("no time is left")
         return seconds
 
+    def bound(self, sock: Any) -> None:
+        """Let nothing that this thread does with ``sock`` wait longer than :meth:`left`. A change is a system call, so
+        one that hardly shortens the wait is left out."""
+        seconds, bound = self.left(), sock.gettimeout()
+        if bound is None or not seconds <= bound <= seconds + _HARDLY:
+            sock.settimeout(seconds)
+
     def fit(self, sock: Any) -> bool:
         """Have the kernel take as many bytes ahead of this thread's reads as its transfer wants; False if it may not.
 
@@ -216,7 +229,7 @@ class _Incoming(io.RawIOBase):
         if self._is_over:
             return 0
         began = self._sockets.clock()
-        self._bound(self._sockets.left())
+        self._sockets.bound(self._sock)
         self._sockets.fit(self._sock)
         count = self._raw.readinto(buffer) or 0
         if not count and not self._may_end:
@@ -224,12 +237,6 @@ class _Incoming(io.RawIOBase):
         if self._in_body:
             self._note(count, self._sockets.clock() - began)
         return count
-
-    def _bound(self, seconds: float) -> None:
-        """Wait so long at most. A change is a system call, so one that hardly shortens the wait is left out."""
-        bound = self._sock.gettimeout()
-        if bound is None or not seconds <= bound <= seconds + _HARDLY:
-            self._sock.settimeout(seconds)
 
     def _note(self, count: int, seconds: float) -> None:
         self._bytes += count
@@ -244,13 +251,16 @@ class _Incoming(io.RawIOBase):
         super().close()
 
 
-class _Answer(http.client.HTTPResponse):
+class Answer(http.client.HTTPResponse):
     """An answer that is read through ``_Incoming``, and refused where its head cannot be trusted.
 
-    ``has_excess``: the server sent bytes beyond its end. They would be taken for the next answer, so there is none.
+    ``said`` are its headers as they came. ``has_excess``: the server sent bytes beyond its end. They would be taken for
+    the next answer, so there is none. ``connection`` is the one that it came over.
     """
 
+    said: Sequence[tuple[str, str]] = ()
     has_excess = False
+    connection: HTTPConnection | None = None
     _has_begun = False
 
     def __init__(self, sock: Any, *args: Any, sockets: LiveSockets, **kwargs: Any) -> None:
@@ -281,6 +291,12 @@ class _Answer(http.client.HTTPResponse):
             self._close_conn()
         return count
 
+    def read1(self, n: int = -1) -> bytes:
+        block = super().read1(n)
+        if self.fp is not None and self.length == 0 and not self.chunked:  # Python waits for one call more
+            self._close_conn()
+        return block
+
     def begin(self) -> None:
         super().begin()
         if self.status == 101:
@@ -290,7 +306,8 @@ class _Answer(http.client.HTTPResponse):
             assert_header_parsing(self.msg)  # Python drops every header behind a line that is none
         except HeaderParsingError:
             raise http.client.HTTPException("a header line that is none") from None
-        if any("\n" in value for value in self.msg.values()):  # urllib3 would unfold it (RFC 9112 §5.2)
+        self.said = self.msg.items()
+        if any("\n" in value for _, value in self.said):  # urllib3 would unfold it (RFC 9112 §5.2)
             raise http.client.HTTPException("a header in several lines")
 
     def _read_status(self) -> tuple[str, int, str]:
@@ -339,8 +356,8 @@ class _Discretion(logging.Filter):
 _DISCRETION = _Discretion()
 
 
-class _Discreet(connectionpool.HTTPConnectionPool):
-    """A pool whose requests are logged without their queries."""
+class Pool(connectionpool.HTTPConnectionPool):
+    """A pool whose requests are logged without their queries, and which can ask again without many words."""
 
     def urlopen(self, *args: Any, **kwargs: Any) -> Any:
         here = _DISCRETION.here
@@ -350,15 +367,49 @@ class _Discreet(connectionpool.HTTPConnectionPool):
         finally:
             here.is_asking = False
 
+    def again(self, target: str, headers: Mapping[str, str]) -> Answer | None:
+        """The answer to a GET, over a connection that an earlier one has left; None if there is none.
+
+        It is to be given to :meth:`take_back`. Raises what http.client does.
+        """
+        try:
+            connection: Any = self._get_conn()
+        except ClosedPoolError:
+            return None
+        try:
+            if connection.is_closed:
+                return None
+            self._validate_conn(connection)
+            answer: Answer = connection.ask(target, headers)
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            answer.connection, connection = connection, None
+            return answer
+        finally:
+            if connection is not None:
+                self._put_conn(connection)
+
+    def take_back(self, answer: Answer) -> None:
+        """Use the connection of an answer again, if that was read to its end."""
+        connection, answer.connection = answer.connection, None
+        if not answer.isclosed():
+            answer.close()
+            if connection is not None:
+                connection.close()
+        if connection is not None:
+            self._put_conn(connection)
+
 
 def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConnectionPool]]:
     """urllib3's pools by scheme, with connections whose sockets ``sockets`` knows and bounds."""
 
     class Connection(HTTPConnection):
-        _answer: _Answer | None = None
+        _answer: Answer | None = None
 
-        def response_class(self, *args: Any, **kwargs: Any) -> _Answer:  # type: ignore[override]
-            self._answer = _Answer(*args, sockets=sockets, **kwargs)
+        def response_class(self, *args: Any, **kwargs: Any) -> Answer:  # type: ignore[override]
+            self._answer = Answer(*args, sockets=sockets, **kwargs)
             return self._answer
 
         def _new_conn(self) -> socket.socket:
@@ -368,6 +419,23 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
         def is_connected(self) -> bool:
             """Whether it may be used again: it is open, and its receive buffer as large as is wanted now."""
             return super().is_connected and sockets.fit(self.sock)
+
+        def ask(self, target: str, headers: Mapping[str, str]) -> Answer:
+            """The answer to a GET over this connection, which is open."""
+            sockets.add(self.sock)
+            sockets.bound(self.sock)
+            names = {name.lower() for name in headers}
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it closed
+                self.putrequest(
+                    "GET", target, skip_host="host" in names, skip_accept_encoding="accept-encoding" in names
+                )
+                for name, value in headers.items():
+                    self.putheader(name, value)
+                self.endheaders()
+            try:
+                return http.client.HTTPConnection.getresponse(self)  # type: ignore[return-value]
+            finally:
+                self._answer = None
 
         def getresponse(self) -> Any:
             if self.sock is not None:
@@ -396,15 +464,15 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
                 raise NewConnectionError(self, f"no connection: {error}") from error
             return sock
 
-    class Pool(_Discreet):
+    class PlainPool(Pool):
         ConnectionCls = Connection
 
-    class SecurePool(_Discreet, connectionpool.HTTPSConnectionPool):
+    class SecurePool(Pool, connectionpool.HTTPSConnectionPool):
         ConnectionCls = SecureConnection
 
     connectionpool.log.addFilter(_DISCRETION)
 
-    return {"http": Pool, "https": SecurePool}
+    return {"http": PlainPool, "https": SecurePool}
 
 
 def _connect(connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
