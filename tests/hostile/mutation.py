@@ -171,7 +171,9 @@ def judgements() -> Iterator[Mutant]:
     yield _patched(retry.Allowance, "pays", lambda *_: True)
     yield _patched(retry.Host, "refusal", lambda *_: None)
     yield _changed(transfer, "Transfer.resume", "resumes what has no version", ("self.version is None or ", ""))
-    yield _changed(client, "HttpClient._follow", "a head may drip for ever", ("headed_by - self._clock()", "1e6"))
+    yield _changed(
+        client, "HttpClient._follow", "a head may drip for ever", ("+ self.config.connect_timeout + timeout", "+ 1e6")
+    )
 
 
 CAUGHT_BY = {
@@ -195,7 +197,7 @@ CAUGHT_BY = {
     "transfer.linked": "17-linked-etag",
     "assembly.check_digests": "17-linked-etag",
     "HttpClient.fetch  raise _too_large": "29-endless-200",
-    "HttpClient.head  raise": "33-status-404",
+    "HttpClient.describe  raise": "33-status-404",
     "keeps sending less": "34-one-byte-at-a-time",
     "of a version it does": "4-half-of-no-version",
     "Transfer.judge  raise ObjectChanged": "18-replaced",
