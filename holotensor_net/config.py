@@ -45,11 +45,19 @@ def _positive(owner: object, *names: str, none: bool = False) -> None:
             _refuse(owner, name, "a number above 0" + (" or None" if none else ""))
 
 
-def _whole(owner: object, *names: str, least: int = 1) -> None:
+def _whole(owner: object, *names: str, least: int = 1, none: bool = False) -> None:
     for name in names:
         value = getattr(owner, name)
+        if value is None and none:
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            _refuse(owner, name, f"a whole number, {least} or more")
+            _refuse(owner, name, f"a whole number, {least} or more" + (" or None" if none else ""))
+
+
+def _flags(owner: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(owner, name), bool):
+            _refuse(owner, name, "True or False")
 
 
 def _refuse(owner: object, name: str, wanted: str) -> None:
@@ -221,16 +229,21 @@ class SchedulerConfig:
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """What the cache needs. ``directory``: None for the platform's cache folder, False for no disk tier. Sizes in
-    bytes."""
+    bytes. ``free_space_reserve``: what is left free of the disk, None for a twentieth of it, 1 GiB at most.
+    ``verify_on_open``: hash each blob again when it is first opened."""
 
     directory: str | os.PathLike[str] | Literal[False] | None = None
     max_size: int = 10 * GIB
     memory_size: int = 256 * MIB
     offline: bool | None = None
+    free_space_reserve: int | None = None
+    verify_on_open: bool = False
 
     def __post_init__(self) -> None:
         _whole(self, "max_size")
         _whole(self, "memory_size", least=0)
+        _whole(self, "free_space_reserve", least=0, none=True)
+        _flags(self, "verify_on_open")
 
     @property
     def root(self) -> Path | None:
@@ -252,13 +265,15 @@ class NetworkConfig:
     """All settings of a loader. Sizes in bytes, rates in bytes/s, times in seconds.
 
     ``timeout`` is idle time, not total; ``max_concurrent`` a ceiling; ``compression`` applies to whole bodies only;
-    ``cache_dir``: None for the platform's cache folder, False for no disk cache; ``region``: the caller's, whose
-    endpoints go first among those of equal priority; ``hedging``: ask a second time for what is slow, of the next
-    endpoint (None), of the same one where there is no other (True), or never (False); ``min_bandwidth``: below it the
-    loader asks its callers to throttle; ``max_bandwidth`` and ``max_requests_per_second``: of all workers and endpoints
-    together, whatever they ask for; ``offline``: None takes ``HOLOTENSOR_OFFLINE``; ``memory_budget``: bytes in
-    flight and undelivered, and at most as many that are spare: memory that was delivered and let go of, which the next
-    fragments are given, or the system, once it lacks some.
+    ``cache_dir``: None for the platform's cache folder, False for no disk cache; ``free_space_reserve``: bytes of the
+    disk that the cache leaves free, None for a twentieth of the disk, 1 GiB at most; ``verify_on_open``: hash what the
+    cache has once more in each process, when it is first opened, though its file's time says that nobody has written to
+    it; ``region``: the caller's, whose endpoints go first among those of equal priority; ``hedging``: ask a second time
+    for what is slow, of the next endpoint (None), of the same one where there is no other (True), or never (False);
+    ``min_bandwidth``: below it the loader asks its callers to throttle; ``max_bandwidth`` and
+    ``max_requests_per_second``: of all workers and endpoints together, whatever they ask for; ``offline``: None takes
+    ``HOLOTENSOR_OFFLINE``; ``memory_budget``: bytes in flight and undelivered, and at most as many that are spare:
+    memory that was delivered and let go of, which the next fragments are given, or the system, once it lacks some.
 
     Raises ConfigurationError, naming field and value.
     """
@@ -281,6 +296,8 @@ class NetworkConfig:
     region: str | None = None
     hedging: bool | None = None
     max_requests_per_second: float | None = None
+    free_space_reserve: int | None = None
+    verify_on_open: bool = False
 
     def __post_init__(self) -> None:
         given: Any = (self.endpoints,) if isinstance(self.endpoints, str | CdnEndpoint) else self.endpoints
@@ -297,6 +314,8 @@ class NetworkConfig:
         if not isinstance(self.user_agent, str) or not re.fullmatch(r"[\x20-\x7e]+", self.user_agent):
             _refuse(self, "user_agent", "printable ASCII")
         _whole(self, "max_concurrent", "chunk_size", "max_cache_size", "memory_budget")
+        _whole(self, "free_space_reserve", least=0, none=True)
+        _flags(self, "verify_on_open")
         _positive(self, "timeout", "connect_timeout", "min_bandwidth")
         _positive(self, "max_bandwidth", "max_requests_per_second", none=True)
 
@@ -330,6 +349,8 @@ class NetworkConfig:
             max_size=self.max_cache_size,
             memory_size=min(256 * MIB, self.memory_budget // 4),
             offline=self.offline,
+            free_space_reserve=self.free_space_reserve,
+            verify_on_open=self.verify_on_open,
         )
 
     @classmethod

@@ -25,7 +25,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import CacheError
 from .files import (
@@ -41,12 +41,13 @@ from .files import (
     read_all,
     scan,
     subject_of,
+    token_of,
     translated,
 )
 from .journal import Journal
 from .parts import PartFile
 
-__all__ = ["BlobStore", "is_worth_a_sync"]
+__all__ = ["BlobStore", "Left", "is_worth_a_sync"]
 
 _T = TypeVar("_T")
 
@@ -62,17 +63,42 @@ _MAPPING_KEEPS_FD = sys.version_info < (3, 13)
 _MAP_OPTIONS: dict[str, Any] = {"access": mmap.ACCESS_READ} | ({} if _MAPPING_KEEPS_FD else {"trackfd": False})
 
 
+class Left(NamedTuple):
+    """A part file that can be resumed and that nobody fills any more: its size in bytes, and when it was last touched,
+    in seconds since the epoch."""
+
+    subject: str
+    size: int
+    last: float
+
+
+def _unheard(subject: str, token: str, size: int | None) -> None:
+    pass
+
+
 class BlobStore:
     """Content-addressed files below ``root``. Thread-safe, and safe beside other processes.
 
     The constructor touches nothing; folders are made, for their owner only, when something is first written.
-    ``clock`` is compared with the times of files. Raises CacheError, or InsufficientDisk where there is no room.
+    ``clock`` is compared with the times of files. ``verify_first``: hash every blob once, when it is first opened, even
+    if nothing has been written to it since its bytes were known to be right. ``on_left`` is called with the subject,
+    the token and the size of a part file that was left to be resumed; with None for its size when that has an end.
+    Raises CacheError, or InsufficientDisk where there is no room.
     """
 
-    def __init__(self, root: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        clock: Callable[[], float] = time.time,
+        verify_first: bool = False,
+        on_left: Callable[[str, str, int | None], None] = _unheard,
+    ) -> None:
         self.root = Path(root)
         self._blobs = str(self.root / "blobs")
         self._clock = clock
+        self._verify_first = verify_first
+        self._on_left = on_left
         self._stamps: dict[str, int] = {}
         self._mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
@@ -82,7 +108,7 @@ class BlobStore:
         ``stamp`` is what :meth:`stamp` gave when the bytes were known to be right. A file that was written to since
         then is hashed before it is handed out, once in the life of this object. The view outlives the blob.
         """
-        return self._open(digest, size, {stamp, self._stamps.get(digest)})
+        return self._open(digest, size, {None if self._verify_first else stamp, self._stamps.get(digest)})
 
     def stamp(self, digest: str) -> int | None:
         """The file time (ns) of a blob that this object has published or found right."""
@@ -140,6 +166,7 @@ class BlobStore:
             mine = path.with_name(private_name(subject))
             with contextlib.suppress(OSError):
                 os.rename(path, mine)
+                self._on_left(subject, token_of(path.name), None)
                 found = PartFile.resumed(self, mine, os.open(mine, _RESUMING))
                 if found is not None:
                     return found
@@ -231,9 +258,39 @@ class BlobStore:
             age = resumable_for if _can_be_resumed(path) else -math.inf
             with contextlib.suppress(OSError):
                 if self._is_left(path, older_than) and self._age(path) > age:
-                    path.unlink()
+                    self._unlink(path)
                     swept += 1
         return swept
+
+    def left(self) -> dict[str, Left]:
+        """The part files that could be resumed, by their tokens."""
+        found = {}
+        with translated("look for part files", self.root):
+            items = scan(self.root / "partial")
+        for item in items:
+            subject, path = subject_of(item.name), Path(item.path)
+            if subject and self._is_left(path, _IDLE_FOR):
+                with contextlib.suppress(OSError):
+                    status = path.lstat()
+                    found[token_of(item.name)] = Left(subject, status.st_size, max(status.st_mtime, status.st_ctime))
+        return found
+
+    def forget_part(self, token: str) -> bool:
+        """Delete a part file that nobody fills any more; whether there was one."""
+        with translated("look for part files", self.root):
+            items = scan(self.root / "partial")
+        for item in items:
+            path = Path(item.path)
+            if token_of(item.name) == token and self._is_left(path, _IDLE_FOR):
+                with contextlib.suppress(OSError):
+                    self._unlink(path)
+                    return True
+        return False
+
+    def _unlink(self, path: Path) -> None:
+        path.unlink()
+        if subject := subject_of(path.name):
+            self._on_left(subject, token_of(path.name), None)
 
     def _left(self, subject: str) -> Iterator[Path]:
         with translated("look for part files", self.root):

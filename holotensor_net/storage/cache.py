@@ -5,6 +5,7 @@
     root/entries/<2 hex>/<64 hex>.json    what the network said, named by the SHA-256 of the key
     root/blobs/…                          the bytes (see blobs)
     root/claims                           an empty file, whose bytes are locked (see claims)
+    root/news                             what was added and deleted of late (see news)
 
 The file system is the index: there is no database, and no lock is needed for right answers, only to save work. Whoever
 reads finds the old entry, the new one, or none. An entry names its bytes by their digest, so that equal bytes from
@@ -71,7 +72,7 @@ class FragmentCache:
         self._warned: set[object] = set()
         root = self.config.root
         self.claims = None if root is None else Claims(root / "claims")
-        self._disk = None if root is None else DiskTier(root, self.config.max_size, self._usage, clock)
+        self._disk = None if root is None else DiskTier(root, self.config, self._usage, clock, self._forget)
 
     def __enter__(self) -> FragmentCache:
         return self
@@ -122,7 +123,7 @@ class FragmentCache:
         if self._disk is None or (size or 0) > self.config.max_size:
             return None
         subject = "" if key is None else name_of(key)
-        return self._disk.blobs.create(size, subject=subject, note=note if subject else None)
+        return self._disk.create(size, subject=subject, note=note if subject else None)
 
     def has_part(self, key: str) -> bool:
         """Whether there may be something to resume."""
@@ -229,9 +230,7 @@ class FragmentCache:
         """Evict until at most ``max_size`` bytes are on the disk; gives the bytes freed. Raises CacheError."""
         if self._disk is None:
             return 0
-        dropped, freed = self._disk.shrink(max_size)
-        self._forget(dropped)
-        return freed
+        return self._disk.shrink(max_size)
 
     def verify(self) -> list[str]:
         """Hash every blob on the disk, and drop the entries whose bytes are damaged; gives their fragment ids.
@@ -272,6 +271,8 @@ class FragmentCache:
         self.sync()
         if self.claims is not None:
             self.claims.close()
+        if self._disk is not None:
+            self._disk.close()
         self._memory.clear()
 
     def _names(self) -> set[str]:
@@ -313,8 +314,7 @@ class FragmentCache:
         held = Held(entry, view)
         if self._disk is not None and entry.size <= self.config.max_size:
             with self._tolerant():
-                held, dropped = self._disk.adopt(name, data, entry)
-                self._forget(dropped)
+                held = self._disk.adopt(name, data, entry)
         self._memory.put(name, held)
         return held.view[:]
 

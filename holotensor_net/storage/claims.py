@@ -10,6 +10,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from .files import Descriptor
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system: there are no claims
@@ -29,25 +31,7 @@ _LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, 
 _IN_USE = 1 << 61  # whoever has the file open shares this byte
 
 
-class _File:
-    """A descriptor that is closed with the last reference to it, whoever is using it meanwhile."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        _files.add(self)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-
-    __del__ = close
-
-
-_files: weakref.WeakSet[_File] = weakref.WeakSet()
+_files: weakref.WeakSet[Descriptor] = weakref.WeakSet()
 
 
 def _let_go() -> None:
@@ -71,7 +55,7 @@ class Claims:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._file: _File | None = None
+        self._file: Descriptor | None = None
         self._is_off = _SET is None
 
     def take(self, name: str) -> bool:
@@ -101,7 +85,7 @@ class Claims:
             return b""
         return self._lock_byte(file, command, kind, int(name[:15], 16))
 
-    def _lock_byte(self, file: _File, command: Any, kind: str, place: int) -> bytes | None:
+    def _lock_byte(self, file: Descriptor, command: Any, kind: str, place: int) -> bytes | None:
         wanted = _LOCK.pack(getattr(fcntl, kind), os.SEEK_SET, place, 1, 0)
         try:
             return fcntl.fcntl(file, command, wanted)
@@ -111,12 +95,13 @@ class Claims:
             self._is_off = True
             return b""
 
-    def _opened(self) -> _File | None:
+    def _opened(self) -> Descriptor | None:
         if self._is_off:
             return None
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = _File(os.open(self._path, _WRITING, 0o600))
+            file = Descriptor(os.open(self._path, _WRITING, 0o600))
+            _files.add(file)
         except OSError:
             self._is_off = True
             return None

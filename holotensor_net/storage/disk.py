@@ -6,124 +6,55 @@ Eviction is mark and sweep over the entries. No lock is needed for right answers
 from __future__ import annotations
 
 import contextlib
+import heapq
 import math
+import os
+import shutil
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ..errors import CacheError
-from .blobs import BlobStore, is_worth_a_sync
-from .entries import CacheEntry, EntryFiles, Held, Usage
+from ..config import CacheConfig
+from ..errors import CacheError, InsufficientDisk
+from .blobs import BlobStore, Left, is_worth_a_sync
+from .entries import CacheEntry, EntryFiles, Held, Usage, dispensability
+from .ledger import Ledger, Named
+from .news import Item, Kind, News
 from .parts import PartFile
 
-__all__ = ["DiskTier", "Ledger"]
+__all__ = ["DiskTier"]
 
 _ORPHANED_AFTER = 3600.0  # seconds without a write, for part files of other processes
 _RESUMABLE_FOR = 86400.0  # seconds since a part file that can be resumed was left
 _ENTRY_DUE_WITHIN = 60.0  # seconds from publishing a blob
-_UNKNOWN_SHARE = 8.0
-
-
-class Ledger:
-    """Which blobs lie on the disk, and how large they are: counted when that is first asked for, then kept up.
-
-    What other processes do shows at the next count. That is due the sooner the more they have been seen to add, and the
-    less room is left, so that all together hardly go beyond the limit; who has seen nobody else counts when the room is
-    used up. Blobs that are pinned are being adopted; loose ones have lost an entry. The lock guards the collections.
-    """
-
-    def __init__(self, count: Callable[[], Iterable[tuple[str, int]]]) -> None:
-        self.is_counted = False
-        self._count = count
-        self._sizes: dict[str, int] = {}
-        self._recent: dict[str, int] = {}
-        self._total = 0
-        self._grown = 0  # bytes added since the count
-        self._share = _UNKNOWN_SHARE  # bytes that others add while this process adds one
-        self._pins: Counter[str] = Counter()
-        self._loose: set[str] = set()
-        self._lock = threading.Lock()
-
-    @property
-    def size(self) -> int:
-        return self._total
-
-    def recount(self) -> None:
-        """Look at the disk; what is added meanwhile counts too. Not for two threads at once."""
-        with self._lock:
-            self._recent, known = {}, dict(self._sizes)
-        counted = dict(self._count())
-        foreign = sum(size for digest, size in counted.items() if digest not in known)
-        with self._lock:
-            foreign -= sum(self._recent[digest] for digest in self._recent.keys() & (counted.keys() - known.keys()))
-            if self.is_counted and self._grown:
-                self._share = max(foreign / self._grown, self._share / 2 if foreign else 0.0)
-            self._grown = 0
-            self._sizes = {**counted, **self._recent}
-            self._total = sum(self._sizes.values())
-            self.is_counted = True
-
-    def add(self, digest: str, size: int) -> None:
-        with self._lock:
-            more = size - self._sizes.get(digest, 0)
-            self._total += more
-            self._grown += max(0, more)
-            self._sizes[digest] = self._recent[digest] = size
-            self._loose.discard(digest)
-
-    def is_due(self, limit: int) -> bool:
-        """Whether, for all that is known, others may have added so much that there are ``limit`` bytes."""
-        with self._lock:
-            return self.is_counted and self._total + 2 * self._share * self._grown > limit
-
-    def drop(self, digest: str) -> int:
-        """Strike the blob out; gives the size it had."""
-        with self._lock:
-            self._recent.pop(digest, None)
-            self._loose.discard(digest)
-            size = self._sizes.pop(digest, 0)
-            self._total -= size
-            return size
-
-    def loosen(self, digest: str) -> None:
-        with self._lock:
-            self._loose.add(digest)
-
-    @contextlib.contextmanager
-    def pinned(self, digest: str) -> Iterator[None]:
-        """Keep the blob while it is being adopted."""
-        with self._lock:
-            self._pins[digest] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._pins -= Counter((digest,))
-
-    def is_pinned(self, digest: str) -> bool:
-        return digest in self._pins
-
-    def digests(self) -> list[str]:
-        with self._lock:
-            return list(self._sizes)
-
-    def loose(self) -> set[str]:
-        with self._lock:
-            return set(self._loose)
+_MOST_NEWS, _LEAST_NEWS = 1 << 22, 1 << 17  # bytes that the news may have, for large caches and for small ones
+_MOST_RESERVE = 1 << 30  # bytes of the disk that are left free, where that is not set
+_RESERVED_SHARE = 20  # one in so many bytes of the disk, if that is less
 
 
 class DiskTier:
-    """Entries over blobs, within ``max_size`` bytes. The lock lets one thread at a time sweep. Raises CacheError."""
+    """Entries over blobs, within the size that ``config`` allows. ``evicted`` is called with the names of entries that
+    had to go. The lock lets one thread at a time sweep. Raises CacheError."""
 
-    def __init__(self, root: Path, max_size: int, usage: Usage, clock: Callable[[], float]) -> None:
-        self.blobs = BlobStore(root)
+    def __init__(
+        self,
+        root: Path,
+        config: CacheConfig,
+        usage: Usage,
+        clock: Callable[[], float],
+        evicted: Callable[[Iterable[str]], None],
+    ) -> None:
+        self._news = News(root / "news", min(_MOST_NEWS, max(_LEAST_NEWS, config.max_size >> 5)))
+        self.blobs = BlobStore(root, verify_first=config.verify_on_open, on_left=self._left)
         self.entries = EntryFiles(self.blobs)
-        self._max_size = max_size
+        self._root = root
+        self._config = config
         self._usage = usage
         self._clock = clock
-        self._ledger = Ledger(self.blobs.digests)
+        self._evicted = evicted
+        self._ledger = Ledger(self._news, self.blobs.digests, self.blobs.left, self._named)
         self._sweeping = threading.Lock()
         with contextlib.suppress(CacheError):
             self.sweep()
@@ -145,22 +76,25 @@ class DiskTier:
         present = entry if known is None else self.entries.read(name)
         if present is not None and present.digest == entry.digest:
             self.entries.remove(name)
+            self._ledger.tell(Item(Kind.NO_ENTRY, name))
         return None
 
-    def adopt(self, name: str, data: PartFile | memoryview, entry: CacheEntry) -> tuple[Held, list[str]]:
-        """Publish blob and entry, then make room; gives the names of entries that had to go."""
+    def create(self, size: int | None, *, subject: str = "", note: Mapping[str, Any] | None = None) -> PartFile:
+        """A part file, after room was made for ``size`` bytes of it."""
+        self._keep_free(size or 0)
+        return self.blobs.create(size, subject=subject, note=note)
+
+    def adopt(self, name: str, data: PartFile | memoryview, entry: CacheEntry) -> Held:
+        """Make room, then publish blob and entry."""
         digest = _digest_in(entry)
-        with self._ledger.pinned(digest):
+        with self._ledger.pinned(digest, entry.size):
+            if not isinstance(data, PartFile):
+                self._keep_free(entry.size)
+            blob = Item(Kind.BLOB, other=digest, number=entry.size)
+            self._make_room(blob)
             held = self._publish(name, data, entry)
-            self._ledger.add(digest, entry.size)
-            if self._ledger.is_due(self._max_size):
-                with self._sweeping:
-                    self._ledger.recount()
-            dropped: list[str] = []
-            if self.size() > self._max_size:
-                # A little more than needed, so that not every fragment to come sweeps again.
-                dropped, _ = self.shrink(self._max_size - self._max_size // 16, only_above=self._max_size)
-        return held, dropped
+            self._ledger.tell(blob, Item(Kind.ENTRY, name, digest, int(entry.last_accessed)))
+            return held
 
     def rewrite(self, name: str, entry: CacheEntry) -> None:
         """Replace what is known of bytes that are there."""
@@ -174,50 +108,44 @@ class DiskTier:
     def remove(self, name: str) -> None:
         entry = self.entries.read(name)
         if entry is not None and self.entries.remove(name):
+            self._ledger.tell(Item(Kind.NO_ENTRY, name))
             self._ledger.loosen(_digest_in(entry))
             self.collect()
 
     def size(self) -> int:
-        """Bytes of all blobs."""
-        if not self._ledger.is_counted:
+        """Bytes of all blobs, and of part files that may be resumed."""
+        if not self._ledger.is_counted():
             with self._sweeping:
-                self._ledger.recount()
+                if not self._ledger.is_counted():
+                    self._ledger.count()
         return self._ledger.size
 
     def collect(self) -> None:
         """Delete blobs that no entry names any more."""
         if self._ledger.loose():
             with self._sweeping:
-                self._sweep_orphans(Counter(_digest_in(entry) for _, entry in self._all()))
+                self._ledger.refresh()
+                for digest in self._ledger.loose().intersection(self._ledger.unnamed()):
+                    self._delete(digest)
 
-    def shrink(self, limit: int, *, only_above: int = 0) -> tuple[list[str], int]:
-        """Drop the most dispensable entries until ``limit`` bytes are left, if there are more than ``only_above``.
-
-        Gives the names of the entries dropped, and the number of bytes freed.
-        """
+    def shrink(self, limit: int, *, only_above: int = 0, anew: bool = True) -> int:
+        """Drop the most dispensable entries and part files until ``limit`` bytes are left, if there are more than
+        ``only_above``; gives the number of bytes freed. ``anew``: look at the folder first, as files may have gone."""
+        dropped: list[str] = []
         with self._sweeping:
-            self.sweep()
-            self._ledger.recount()
-            if self._ledger.size <= only_above:
-                return [], 0
-            now, marked = self._clock(), list(self._all())
-            references = Counter(_digest_in(entry) for _, entry in marked)
-            freed = self._sweep_orphans(references)
-            if self._ledger.size > limit:
-                freed += self._sweep_orphans(references, older_than=-math.inf)
-            marked.sort(key=lambda item: self._usage.applied(*item).eviction_score(now))
-            dropped = []
-            while marked and self._ledger.size > limit:
-                name, entry = marked.pop()
-                digest = _digest_in(entry)
-                if self._ledger.is_pinned(digest) or not self.entries.remove(name):
-                    continue
-                dropped.append(name)
-                references[digest] -= 1
-                if not references[digest]:
-                    freed += self._delete(digest)
+            if anew:
+                self.sweep()
+            self._ledger.refresh(anew=anew)
+            before = self._ledger.size
+            if before <= only_above:
+                return 0
+            freed = self._sweep_orphans(limit)
+            for name, bytes_freed in self._evictions(limit):
+                dropped += [name] if name else []
+                freed += bytes_freed
         self._usage.evicted(len(dropped))
-        return dropped, freed
+        self._evicted(dropped)
+        return freed
 
     def verify(self) -> dict[str, str]:
         """Drop entries that cannot be read, or whose bytes are damaged or gone; gives their names and fragment ids.
@@ -235,8 +163,8 @@ class DiskTier:
                 self.entries.remove(name)
                 broken[name] = name if entry is None else entry.fragment_id
         with self._sweeping:
-            self._ledger.recount()
-            self._sweep_orphans(Counter(_digest_in(entry) for _, entry in self._all()))
+            self._ledger.refresh(anew=True)
+            self._sweep_orphans()
         return broken
 
     def sweep(self) -> None:
@@ -248,48 +176,150 @@ class DiskTier:
             self.blobs.sweep(_ORPHANED_AFTER)
             for name in self.entries.names():
                 self.entries.remove(name)
-            self._ledger.recount()
-            for digest in self._ledger.digests():
+            self._ledger.count()
+            for digest in self._ledger.blobs():
                 if not self._ledger.is_pinned(digest):
-                    self._delete(digest)
+                    self.blobs.remove(digest)
+            self._news.begin_anew()
+            self._ledger.count()
+
+    def close(self) -> None:
+        """Let go of what is open."""
+        self._news.close()
+
+    def _make_room(self, blob: Item) -> None:
+        """Tell what is about to be there, and let others go for it."""
+        most = self._config.max_size
+        self._ledger.tell(blob)
+        if self.size() > most:
+            # A little more than needed, so that not every fragment to come sweeps again.
+            self.shrink(most - most // 16, only_above=most, anew=False)
+
+    def _keep_free(self, size: int) -> None:
+        """Let others go if ``size`` more bytes would leave less of the disk free than is to be. Raises InsufficientDisk
+        if that does not suffice."""
+        lacking = self._lacking(size)
+        if lacking > 0:
+            if lacking <= self.size():  # else it would be in vain
+                self.shrink(self.size() - lacking, anew=False)
+            if self._lacking(size) > 0:
+                raise InsufficientDisk(
+                    f"no room for {size} bytes in {self._root}, where some of the disk is to stay free: free some"
+                    " space, set another cache folder (HOLOTENSOR_CACHE), or a smaller free_space_reserve"
+                )
+
+    def _lacking(self, size: int) -> int:
+        """Bytes that are too few on the disk for ``size`` more; where that cannot be told, or nothing may be written at
+        all, none."""
+        folder = self._root
+        while True:
+            try:
+                disk = shutil.disk_usage(folder)
+            except FileNotFoundError:
+                if folder == folder.parent:
+                    return 0
+                folder = folder.parent
+            except OSError:
+                return 0
+            else:
+                reserve = self._config.free_space_reserve
+                if reserve is None:
+                    reserve = min(_MOST_RESERVE, disk.total // _RESERVED_SHARE)
+                lacking = size + reserve - disk.free
+                return lacking if lacking > 0 and os.access(folder, os.W_OK) else 0
 
     def _publish(self, name: str, data: PartFile | memoryview, entry: CacheEntry) -> Held:
         digest, is_durable = _digest_in(entry), is_worth_a_sync(entry.size)
-        is_new, before = not self.blobs.has(digest, entry.size), self.entries.read(name)
-        if isinstance(data, PartFile):
-            view = data.publish(digest, durable=is_durable)
-        else:
-            view = data
-            self.blobs.put(view, digest)
-        entry = replace(entry, stamp=self.blobs.stamp(digest) if is_durable else None)
+        is_new, before = not self.blobs.has(digest, entry.size), self._before(name)
         try:
+            if isinstance(data, PartFile):
+                view = data.publish(digest, durable=is_durable)
+            else:
+                view = data
+                self.blobs.put(view, digest)
+            entry = replace(entry, stamp=self.blobs.stamp(digest) if is_durable else None)
             self.entries.write(name, entry)
         except CacheError:
             if is_new:
                 self.blobs.remove(digest)
+                self._ledger.tell(Item(Kind.NO_BLOB, other=digest))
             raise
         if before is not None and before.digest != digest:
             self._ledger.loosen(_digest_in(before))
         return Held(entry, view)
 
-    def _all(self) -> Iterator[tuple[str, CacheEntry]]:
-        for name in self.entries.names():
-            entry = self.entries.read(name)
-            if entry is not None:
-                yield name, entry
+    def _before(self, name: str) -> CacheEntry | None:
+        """The entry that another is to take the place of."""
+        return self.entries.read(name) if self.entries.exists(name) else None
 
-    def _sweep_orphans(self, references: Counter[str], older_than: float = _ENTRY_DUE_WITHIN) -> int:
-        """Delete blobs without an entry, unless another process may be about to write it; gives the bytes freed."""
-        loose, freed = self._ledger.loose(), 0
-        for digest in loose.union(self._ledger.digests()):
-            if references[digest] or self._ledger.is_pinned(digest):
+    def _evictions(self, limit: int) -> Iterator[tuple[str, int]]:
+        """Drop what is most dispensable until ``limit`` bytes are left; gives each entry's name, "" for a part file,
+        and the bytes that went with it. What is known of its last use is looked up again when its turn comes."""
+        now = self._clock()
+        waiting: list[tuple[float, str, Left | Named]]
+        waiting = [(-dispensability(now, left.last, 0), token, left) for token, left in self._ledger.parts()]
+        waiting += [
+            (-dispensability(now, *self._usage.latest(name, named.last, named.uses)), name, named)
+            for name, named in self._ledger.entries()
+        ]
+        heapq.heapify(waiting)
+        while waiting and self._ledger.size > limit:
+            value, name, known = heapq.heappop(waiting)
+            if isinstance(known, Left):
+                yield "", self._drop_part(name, known)
                 continue
-            if digest in loose or self.blobs.age_of(digest) > older_than:
+            entry = self.entries.read(name)
+            if entry is None:  # gone without notice
+                self._ledger.doubt()
+                continue
+            present = -self._usage.applied(name, entry).eviction_score(now)
+            if present > value and waiting and present > waiting[0][0]:
+                heapq.heappush(waiting, (present, name, known))
+                continue
+            digest = _digest_in(entry)
+            if not self._ledger.is_pinned(digest) and self.entries.remove(name):
+                self._ledger.tell(Item(Kind.NO_ENTRY, name))
+                yield name, 0 if self._ledger.is_named(digest) else self._delete(digest)
+
+    def _named(self) -> dict[str, Named]:
+        """What all entries name."""
+        entries = ((name, self.entries.read(name)) for name in self.entries.names())
+        return {
+            name: Named(_digest_in(entry), entry.last_accessed, entry.access_count)
+            for name, entry in entries
+            if entry is not None
+        }
+
+    def _sweep_orphans(self, limit: float = math.inf) -> int:
+        """Delete blobs without an entry, unless another process may be about to write it, and there are no more than
+        ``limit`` bytes; gives the bytes freed."""
+        loose, freed = self._ledger.loose(), 0
+        orphans = [
+            (math.inf if digest in loose else self.blobs.age_of(digest), digest) for digest in self._ledger.unnamed()
+        ]
+        for age, digest in sorted(orphans, reverse=True):
+            if age > _ENTRY_DUE_WITHIN or self._ledger.size > limit:
                 freed += self._delete(digest)
         return freed
 
     def _delete(self, digest: str) -> int:
-        return self._ledger.drop(digest) if self.blobs.remove(digest) else 0
+        size = self._ledger.size_of(digest)
+        if not self.blobs.remove(digest):
+            return 0
+        self._ledger.tell(Item(Kind.NO_BLOB, other=digest))
+        return size
+
+    def _drop_part(self, token: str, left: Left) -> int:
+        gone = self.blobs.forget_part(token)
+        self._ledger.tell(Item(Kind.NO_PART, left.subject, token))
+        return left.size if gone else 0
+
+    def _left(self, subject: str, token: str, size: int | None) -> None:
+        """A part file was left, with so many bytes, or taken up again (None)."""
+        if size is None:
+            self._ledger.tell(Item(Kind.NO_PART, subject, token))
+        else:
+            self._ledger.tell(Item(Kind.PART, subject, token, size))
 
 
 def _digest_in(entry: CacheEntry) -> str:

@@ -30,7 +30,7 @@ from .blobs import BlobStore
 from .files import contents, scan, translated
 from .freshness import Freshness, is_same_entity, kept, refreshed
 
-__all__ = ["CacheEntry", "EntryFiles", "Held", "Usage"]
+__all__ = ["CacheEntry", "EntryFiles", "Held", "Usage", "dispensability"]
 
 _SCHEMA = 1
 _MOST_ENTRY_BYTES = 1 << 20
@@ -86,7 +86,7 @@ class CacheEntry:
 
     def eviction_score(self, now: float) -> float:
         """How dispensable it is: seconds without use over the number of uses. The highest goes first."""
-        return (max(0.0, now - self.last_accessed) + 1.0) / (1.0 + self.access_count)
+        return dispensability(now, self.last_accessed, self.access_count)
 
     def stored(self, now: float) -> CacheEntry:
         """This entry as it is put into the cache; nothing is checked again, which most of ``replace`` would be."""
@@ -114,6 +114,11 @@ class CacheEntry:
             return None
         merged = refreshed(self.headers, headers)
         return replace(self, headers=merged, requested_at=requested_at, received_at=received_at)
+
+
+def dispensability(now: float, last: float, uses: int) -> float:
+    """Seconds without use over the number of uses, of which one counts as made."""
+    return (max(0.0, now - last) + 1.0) / (1.0 + uses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +159,11 @@ class Usage:
         with self._lock:
             uses = self._uses.get(name)
         return entry.used(*uses) if uses else entry
+
+    def latest(self, name: str, last: float, uses: int) -> tuple[float, int]:
+        """When an entry was last used, and how often, if its file tells of ``last`` and ``uses``."""
+        count, used = self._uses.get(name, (0, 0.0))
+        return max(last, used), uses + count
 
     def take(self) -> list[tuple[str, tuple[int, float]]]:
         """Each entry's uses, their number and the last one's time, least recent first; they count as written now."""

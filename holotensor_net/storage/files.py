@@ -25,6 +25,7 @@ from ..values import blake3_of
 __all__ = [
     "CREATING",
     "Buffer",
+    "Descriptor",
     "contents",
     "digest_of",
     "disown",
@@ -37,6 +38,7 @@ __all__ = [
     "read_all",
     "scan",
     "subject_of",
+    "token_of",
     "translated",
 ]
 
@@ -111,6 +113,24 @@ def scan(folder: Path | str) -> list[os.DirEntry[str]]:
         return []
 
 
+class Descriptor:
+    """A file descriptor that is closed with the last reference to it, whoever is using it meanwhile."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        """The number; that of no file once it is closed."""
+        return self._fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    __del__ = close
+
+
 class translated:
     """A context in which OSErrors become CacheErrors that say what to do. No generator: every read passes through."""
 
@@ -167,6 +187,11 @@ def subject_of(name: str) -> str:
     """What a private file is good for, "" if that is nothing to anybody else."""
     match = _PRIVATE.fullmatch(name)
     return match[1] if match else ""
+
+
+def token_of(name: str) -> str:
+    """What tells a private file from all others: 32 hex digits."""
+    return name.rpartition(".")[2]
 
 
 def is_gone(name: str) -> bool | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError
 from ..values import blake3_hasher
-from .files import Buffer, disown, flat, hold, private_name, subject_of, translated
+from .files import Buffer, disown, flat, hold, private_name, subject_of, token_of, translated
 from .journal import MOST_APART, TAIL, Journal, Mark, Span, believed, blocks, span_of
 
 if TYPE_CHECKING:
@@ -125,8 +125,11 @@ class PartFile:
         if self._journal is None or not self.settled:
             self.discard()
             return
-        with contextlib.suppress(OSError, CacheError), self._using(alone=True):
-            os.rename(self.path, self.path.with_name(private_name(subject_of(self.path.name), owned=False)))
+        subject = subject_of(self.path.name)
+        name = private_name(subject, owned=False)
+        with contextlib.suppress(OSError, CacheError), self._using(alone=True) as fd:
+            os.rename(self.path, self.path.with_name(name))
+            self._store._on_left(subject, token_of(name), os.fstat(fd).st_size)
         self.discard()
 
     def publish(self, digest: str, *, durable: bool = True) -> memoryview:

@@ -1,0 +1,145 @@
+"""News: what one process tells, the others hear, in order and once; what was missed is said to be missed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from holotensor_net.storage.news import Item, Kind, News, Place
+
+A, B = "a" * 64, "0123456789abcdef" * 4
+ITEMS = [
+    Item(Kind.BLOB, other=B + "", number=1 << 40),
+    Item(Kind.ENTRY, A, B, 1_700_000_000),
+    Item(Kind.NO_ENTRY, A),
+    Item(Kind.PART, A, B[:32], 5),
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "news"
+
+
+def heard(news: News, place: Place) -> list[tuple[object, ...]]:
+    found = news.since(place)
+    assert found is not None
+    return [(item.kind, item.name[:2], item.other[:32], item.number) for item in found[0]]
+
+
+def told(items: list[Item]) -> list[tuple[object, ...]]:
+    return [(item.kind, (item.name or "0" * 64)[:2], (item.other or "0" * 64)[:32], item.number) for item in items]
+
+
+def test_asking_makes_nothing_and_what_comes_later_is_heard_from_its_beginning(path: Path) -> None:
+    reader, writer = News(path, 1 << 20), News(path, 1 << 20)
+    place = reader.end()
+    assert reader.since(place) == ([], place)
+    assert not path.parent.exists()
+    assert writer.tell(ITEMS[:2])
+    assert writer.tell(ITEMS[2:])
+    assert heard(reader, place) == told(ITEMS)
+    _, after = reader.since(place) or ([], place)
+    assert reader.since(after) == ([], after)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_who_begins_later_hears_only_what_follows(path: Path) -> None:
+    News(path, 1 << 20).tell(ITEMS)
+    reader = News(path, 1 << 20)
+    place = reader.end()
+    assert heard(reader, place) == []
+    News(path, 1 << 20).tell(ITEMS[1:2])
+    assert heard(reader, place) == told(ITEMS[1:2])
+
+
+@pytest.mark.parametrize("way", ["grown", "deleted", "replaced", "garbled", "torn"])
+def test_what_was_missed_is_said_and_not_for_ever(path: Path, way: str) -> None:
+    reader, writer = News(path, 1000), News(path, 1000)
+    writer.tell(ITEMS)
+    place = reader.end()
+    if way == "grown":
+        for _ in range(4):
+            writer.tell(ITEMS)
+        assert heard(reader, place) == told(ITEMS * 4)  # who finds it too long reads it still
+        assert not path.exists()
+    elif way == "deleted":
+        path.unlink()
+    elif way == "replaced":
+        path.unlink()
+        News(path, 1000).tell(ITEMS)
+    elif way == "garbled":
+        with path.open("ab") as file:
+            file.write(os.urandom(200))
+    else:
+        with path.open("ab") as file:
+            file.write(b"half an item")
+        writer.tell(ITEMS)
+    assert reader.since(place) is None
+    place = reader.end()
+    assert heard(reader, place) == []
+    assert writer.tell(ITEMS)
+    assert heard(reader, place) == told(ITEMS)
+
+
+@pytest.mark.parametrize("planted", ["link", "pipe", "folder", "nothing may be written"])
+def test_what_cannot_be_written_has_no_news(path: Path, tmp_path: Path, planted: str) -> None:
+    path.parent.mkdir()
+    if planted == "link":
+        (tmp_path / "other").write_bytes(b"")
+        path.symlink_to(tmp_path / "other")
+    elif planted == "pipe":
+        os.mkfifo(path)
+    elif planted == "folder":
+        path.mkdir()
+    else:
+        path.parent.rmdir()
+        path.parent.write_bytes(b"a file in the folder's place")
+    news = News(path, 1000)
+    assert not news.tell(ITEMS)
+    assert news.since(news.end()) == ([], Place())
+
+
+def test_many_tell_at_once_and_nothing_is_lost(path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from holotensor_net.storage.news import Item, Kind, News
+news = News(Path(sys.argv[1]), 1 << 30)
+for number in range(500):
+    assert news.tell([Item(Kind.BLOB, other="ab" * 32, number=int(sys.argv[2]) * 1000 + number)] * 2)
+"""
+    news = News(path, 1 << 30)
+    place = news.end()
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(path), str(each)]) for each in range(3)]
+    seen: list[int] = []
+    while len(seen) < 3000:
+        found = news.since(place)
+        assert found is not None
+        seen += [item.number for item in found[0]]
+        if not found[0] and all(process.poll() is not None for process in processes):
+            break
+        place = found[1]
+    assert [process.wait(60) for process in processes] == [0] * 3
+    for each in range(3):
+        assert [number for number in seen if number // 1000 == each] == [
+            each * 1000 + number for number in range(500) for _ in range(2)
+        ]
+
+
+def test_threads_share_one_file(path: Path) -> None:
+    news = News(path, 1 << 30)
+    place = news.end()
+    threads = [threading.Thread(target=lambda: [news.tell(ITEMS) for _ in range(100)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(heard(news, place)) == 4 * 100 * len(ITEMS)
+    news.close()
+    assert len(heard(news, Place())) == 4 * 100 * len(ITEMS)
