@@ -41,7 +41,7 @@ from ..values import HeadInfo, RangeRequest
 from . import guards
 from .adapter import Adapter, Reply, ask
 from .digests import LINKED, check_digests
-from .retry import HOSTS, Allowance, Host, Patience, retrying
+from .retry import HOSTS, Allowance, Host, Patience, persist
 from .sockets import Interrupt, LiveSockets
 from .transfer import Answer, Ask, OpenSink, Transfer, Write
 from .translation import translated
@@ -206,7 +206,7 @@ class HttpClient:
                 return guards.head_info(said, guards.content_length(said), ranges=False)
 
         with self._told_where(path, None):
-            result: HeadInfo = retrying(self.config.retry, patience, may_retry=allowance.pays)(ask)
+            result = persist(ask, self.config.retry, patience, may_retry=allowance.pays)
         allowance.give_back()
         return result
 
@@ -256,7 +256,7 @@ class HttpClient:
         with self._told_where(ask.path, wanted), self._sockets.interruptible(interrupt, window):
             if wanted is not None and not wanted.length:
                 raise ConfigurationError("HTTP cannot ask for an empty range: ask for one byte or more")
-            retrying(self.config.retry, patience, may_retry=allowance.pays, on_retry=on_retry)(attempt)
+            persist(attempt, self.config.retry, patience, may_retry=allowance.pays, on_retry=on_retry)
         allowance.give_back()
         assert state.head is not None
         delivered = None if state.not_modified else RangeRequest(state.start, state.position)
@@ -590,10 +590,11 @@ def _template(method: str, url: str) -> requests.PreparedRequest:
 def _prepared(method: str, url: str, headers: Mapping[str, str]) -> requests.PreparedRequest:
     with contextlib.suppress(requests.exceptions.InvalidHeader):  # it repeats what it refuses
         if not any(_UNSENDABLE.search(value) for value in headers.values()):
-            request = _template(method, url).copy()
-            own = request.headers  # the credentials that its URL may hold
+            template = _template(method, url)
+            request = requests.PreparedRequest()
+            request.method, request.url, request.hooks = template.method, template.url, template.hooks
             request.prepare_headers(headers)
-            request.headers.update(own)
+            request.headers.update(template.headers)  # the credentials that its URL may hold
             return request
     raise ConfigurationError(
         "a credential or a header holds what HTTP cannot carry: look for line ends, spaces in front and letters"
@@ -624,6 +625,7 @@ def _decoded(body: bytes, coding: str, most: int) -> bytes:
     return decoded
 
 
+@functools.lru_cache(256)
 def _origin_of(url: str | None) -> tuple[str, str, int | None]:
     parts = urlsplit(url or "")
     return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)

@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import tenacity
 
@@ -26,7 +27,9 @@ from ..errors import (
     Timeout,
 )
 
-__all__ = ["HOSTS", "LONGEST_RETRY_AFTER", "Allowance", "Host", "Hosts", "Patience", "retrying"]
+__all__ = ["HOSTS", "LONGEST_RETRY_AFTER", "Allowance", "Host", "Hosts", "Patience", "persist"]
+
+T = TypeVar("T")
 
 LONGEST_RETRY_AFTER = 60.0
 """Seconds. A server that asks for more than this is not waited for: its error is handed up at once."""
@@ -256,20 +259,43 @@ def _exhausted(state: tenacity.RetryCallState) -> object:
     ) from error
 
 
-def retrying(
+def persist(
+    attempt: Callable[[], T],
     config: RetryConfig,
     patience: Patience,
     *,
     draw: Callable[[float, float], float] = random.uniform,
     may_retry: Callable[[NetworkError], bool] = lambda _: True,
     on_retry: Callable[[NetworkError], None] = lambda _: None,
-) -> tenacity.Retrying:
-    """A tenacity policy: call it with a function, which is tried until it returns, or until trying makes no sense.
+) -> T:
+    """What ``attempt`` gives, which is tried until it gives something, or until trying makes no sense.
 
     ``may_retry`` is asked before another attempt that nothing else speaks against, and ``on_retry`` told of the failure
-    that it follows. Raises what the function raised if
-    that is not retryable or was the only attempt, else RetriesExhausted.
+    that it follows. Raises what ``attempt`` raised if that is not retryable or was the only attempt, else
+    RetriesExhausted.
     """
+    try:
+        return attempt()
+    except NetworkError as error:
+        failed = [error]  # to ask tenacity takes a tenth of all that a short range does: it is asked from here on
+
+    def again() -> T:
+        if failed:
+            raise failed.pop()
+        return attempt()
+
+    result: T = _retrying(config, patience, draw, may_retry, on_retry)(again)
+    return result
+
+
+def _retrying(
+    config: RetryConfig,
+    patience: Patience,
+    draw: Callable[[float, float], float],
+    may_retry: Callable[[NetworkError], bool],
+    on_retry: Callable[[NetworkError], None],
+) -> tenacity.Retrying:
+    """A tenacity policy: call it with a function."""
     return tenacity.Retrying(
         before_sleep=lambda state: on_retry(_error_of(state)),
         stop=tenacity.stop_any(

@@ -45,6 +45,7 @@ SLOWEST = 128.0
 """Bytes/s. What comes slower than this, over a whole window, is a drip."""
 
 _LONGEST_LINE = 1 << 16
+_AHEAD = 1 << 15  # bytes read with a head at once: a short body comes along
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")  # RFC 9112 §7.1
 _LONGEST = 1e6  # seconds; beyond some 1e9, settimeout raises OverflowError
 _HARDLY = 0.05  # seconds
@@ -266,7 +267,7 @@ class Answer(http.client.HTTPResponse):
     def __init__(self, sock: Any, *args: Any, sockets: LiveSockets, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self._incoming = _Incoming(sock, self.fp.detach(), sockets)
-        self.fp = io.BufferedReader(self._incoming)
+        self.fp = io.BufferedReader(self._incoming, _AHEAD)
 
     @property
     def is_plain(self) -> bool:

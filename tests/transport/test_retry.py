@@ -26,7 +26,7 @@ from holotensor_net.errors import (
     StalledTransfer,
     Timeout,
 )
-from holotensor_net.transport.retry import LONGEST_RETRY_AFTER, Allowance, Host, Hosts, Patience, retrying
+from holotensor_net.transport.retry import LONGEST_RETRY_AFTER, Allowance, Host, Hosts, Patience, persist
 from holotensor_net.values import RangeRequest
 
 
@@ -183,7 +183,7 @@ def test_closing_from_another_thread_ends_a_sleep() -> None:
     ids=str,
 )
 def test_passing_failures_are_tried_again(clock: Clock, error: NetworkError) -> None:
-    assert retrying(steady(), patience(clock))(failing(error)) == "done"
+    assert persist(failing(error), steady(), patience(clock)) == "done"
     assert clock.slept == [1.0]
 
 
@@ -209,7 +209,7 @@ def test_passing_failures_are_tried_again(clock: Clock, error: NetworkError) -> 
 )
 def test_lasting_failures_are_raised_as_they_are_at_once(clock: Clock, error: BaseException) -> None:
     with pytest.raises(type(error)) as caught:
-        retrying(steady(), patience(clock))(failing(error))
+        persist(failing(error), steady(), patience(clock))
     assert caught.value is error
     assert clock.slept == []
 
@@ -219,7 +219,7 @@ def test_attempts_are_capped(clock: Clock, retries: int) -> None:
     errors = [ConnectionFailed(str(number)) for number in range(10)]
     told: list[NetworkError] = []
     with pytest.raises(NetworkError) as caught:
-        retrying(steady(max_retries=retries), patience(clock), on_retry=told.append)(failing(*errors))
+        persist(failing(*errors), steady(max_retries=retries), patience(clock), on_retry=told.append)
     assert len(clock.slept) == retries
     assert told == errors[:retries]  # not of the last, which no attempt follows
     last = caught.value.last_error if isinstance(caught.value, RetriesExhausted) else caught.value
@@ -230,7 +230,7 @@ def test_exhaustion_says_how_often_where_and_why_and_keeps_the_last_error(clock:
     where = RangeRequest(0, 10)
     last = RateLimited(message="busy", url="http://host/path?secret=1", byte_range=where, retry_after=2.0)
     with pytest.raises(RetriesExhausted, match=r"gave up after 2 attempts.*busy") as caught:
-        retrying(steady(max_retries=1), patience(clock))(failing(ConnectionFailed(), last))
+        persist(failing(ConnectionFailed(), last), steady(max_retries=1), patience(clock))
     error = caught.value
     assert (error.attempts, error.last_error, error.__cause__) == (2, last, last)
     assert (error.url, error.byte_range, error.retry_after) == ("http://host/path?…", where, 2.0)
@@ -240,7 +240,7 @@ def test_exhaustion_says_how_often_where_and_why_and_keeps_the_last_error(clock:
 def test_the_only_attempt_ends_in_its_own_error(clock: Clock) -> None:
     error = ConnectionFailed("refused")
     with pytest.raises(ConnectionFailed) as caught:
-        retrying(steady(max_retries=0), patience(clock))(failing(error))
+        persist(failing(error), steady(max_retries=0), patience(clock))
     assert caught.value is error
 
 
@@ -249,13 +249,13 @@ def test_the_only_attempt_ends_in_its_own_error(clock: Clock) -> None:
 
 def test_backoff_grows_to_its_bound(clock: Clock) -> None:
     config = steady(max_retries=6, initial_backoff=0.5, multiplier=3.0, max_backoff=10.0)
-    retrying(config, patience(clock))(failing(*[ConnectionFailed()] * 6))
+    persist(failing(*[ConnectionFailed()] * 6), config, patience(clock))
     assert clock.slept == [0.5, 1.5, 4.5, 10.0, 10.0, 10.0]
 
 
 def test_a_backoff_beyond_all_numbers_is_its_bound(clock: Clock) -> None:
     config = steady(max_retries=3, multiplier=1e300, max_backoff=7.0)
-    retrying(config, patience(clock))(failing(*[ConnectionFailed()] * 3))
+    persist(failing(*[ConnectionFailed()] * 3), config, patience(clock))
     assert clock.slept == [1.0, 7.0, 7.0]
 
 
@@ -267,7 +267,7 @@ def test_jitter_draws_from_zero_to_the_bound(clock: Clock) -> None:
         return high / 4
 
     config = RetryConfig(initial_backoff=1.0, max_backoff=3.0)
-    retrying(config, patience(clock), draw=draw)(failing(*[ConnectionFailed()] * 3))
+    persist(failing(*[ConnectionFailed()] * 3), config, patience(clock), draw=draw)
     assert drawn == [(0.0, 1.0), (0.0, 2.0), (0.0, 3.0)]
     assert clock.slept == [0.25, 0.5, 0.75]
 
@@ -284,20 +284,20 @@ def test_no_wait_undercuts_retry_after_or_exceeds_its_bounds(
 ) -> None:
     clock = Clock()
     config = RetryConfig(initial_backoff=initial, max_backoff=bound, multiplier=multiplier, jitter=jitter)
-    retrying(config, patience(clock))(failing(*[RateLimited(retry_after=retry_after)] * 3))
+    persist(failing(*[RateLimited(retry_after=retry_after)] * 3), config, patience(clock))
     for wait in clock.slept:
         assert (retry_after or 0.0) <= wait <= max(bound, retry_after or 0.0)
 
 
 def test_retry_after_outweighs_a_shorter_backoff(clock: Clock) -> None:
-    retrying(steady(), patience(clock))(failing(RateLimited(retry_after=20.0), RateLimited(retry_after=0.5)))
+    persist(failing(RateLimited(retry_after=20.0), RateLimited(retry_after=0.5)), steady(), patience(clock))
     assert clock.slept == [20.0, 2.0]
 
 
 def test_a_retry_after_that_nobody_sits_through_ends_it_at_once(clock: Clock) -> None:
     error = RateLimited(retry_after=LONGEST_RETRY_AFTER + 0.5)
     with pytest.raises(RateLimited) as caught:
-        retrying(steady(), patience(clock))(failing(error))
+        persist(failing(error), steady(), patience(clock))
     assert caught.value is error
     assert clock.slept == []
 
@@ -307,7 +307,7 @@ def test_a_retry_after_that_nobody_sits_through_ends_it_at_once(clock: Clock) ->
 
 def test_no_wait_is_begun_that_would_end_past_the_deadline(clock: Clock) -> None:
     with pytest.raises(RetriesExhausted) as caught:
-        retrying(steady(max_retries=9), patience(clock, 4.0))(failing(*[ConnectionFailed()] * 10))
+        persist(failing(*[ConnectionFailed()] * 10), steady(max_retries=9), patience(clock, 4.0))
     assert clock.slept == [1.0, 2.0]  # another 4 s would be too long
     assert caught.value.attempts == 3
 
@@ -318,20 +318,14 @@ def test_the_deadline_counts_the_time_that_attempts_take(clock: Clock) -> None:
         raise ConnectionFailed("slow")
 
     with pytest.raises(RetriesExhausted) as caught:
-        retrying(steady(max_retries=9, multiplier=1.0), patience(clock, 8.0))(attempt)
+        persist(attempt, steady(max_retries=9, multiplier=1.0), patience(clock, 8.0))
     assert caught.value.attempts == 2
 
 
 def test_closing_during_a_wait_ends_the_retries(clock: Clock) -> None:
     with pytest.raises(Cancelled):
-        retrying(steady(), patience(clock, set_after=2))(failing(*[ConnectionFailed()] * 3))
+        persist(failing(*[ConnectionFailed()] * 3), steady(), patience(clock, set_after=2))
     assert len(clock.slept) == 2
-
-
-def test_a_policy_can_be_used_again(clock: Clock) -> None:
-    policy = retrying(steady(max_retries=1), patience(clock))
-    assert policy(failing(ConnectionFailed())) == "done"
-    assert policy(failing(ConnectionFailed())) == "done"
 
 
 # -- what all who talk to a host share
@@ -394,12 +388,12 @@ def test_another_attempt_is_paid_for_only_where_nothing_else_speaks_against_it(c
 
     errors = [ConnectionFailed(str(number)) for number in range(9)]
     with pytest.raises(RetriesExhausted) as caught:
-        retrying(steady(max_retries=8), patience(clock), may_retry=pays)(failing(*errors))
+        persist(failing(*errors), steady(max_retries=8), patience(clock), may_retry=pays)
     assert asked == errors[:3]
     assert caught.value.attempts == 3
     for last in (RateLimited(retry_after=LONGEST_RETRY_AFTER + 1), RateLimited(retry_after=30.0), NotFound()):
         with pytest.raises(NetworkError):
-            retrying(steady(), patience(clock, 20.0), may_retry=pays)(failing(last))
+            persist(failing(last), steady(), patience(clock, 20.0), may_retry=pays)
     assert len(asked) == 3
 
 
