@@ -155,27 +155,29 @@ class LoadRequest(_Discreet):
     allow_short: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("fragment_id", "path"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                self._refuse(name, "a string that is not empty")
-        try:
-            object.__setattr__(self, "priority", Priority(self.priority))
-        except ValueError:
-            self._refuse("priority", "a Priority")
-        if not (isinstance(self.importance, Real) and 0.0 <= self.importance <= 1.0):
+        if not isinstance(self.fragment_id, str) or not self.fragment_id:
+            self._refuse("fragment_id", "a string that is not empty")
+        if not isinstance(self.path, str) or not self.path:
+            self._refuse("path", "a string that is not empty")
+        if type(self.priority) is not Priority:
+            try:
+                object.__setattr__(self, "priority", Priority(self.priority))
+            except ValueError:
+                self._refuse("priority", "a Priority")
+        if not (isinstance(self.importance, (float, Real)) and 0.0 <= self.importance <= 1.0):
             self._refuse("importance", "a number from 0 to 1")
         size = self.expected_size
-        if size is not None and not (isinstance(size, Integral) and size >= 0):
+        if size is not None and not (isinstance(size, (int, Integral)) and size >= 0):
             self._refuse("expected_size", "a number of bytes, or None")
         if isinstance(self.byte_range, tuple) and len(self.byte_range) == 2:
             object.__setattr__(self, "byte_range", RangeRequest(*self.byte_range))
-        if not isinstance(self.byte_range, RangeRequest | None):
+        if self.byte_range is not None and not isinstance(self.byte_range, RangeRequest):
             self._refuse("byte_range", "a RangeRequest, a pair of numbers, or None")
         if self.checksum is not None and not (isinstance(self.checksum, str) and _CHECKSUM.fullmatch(self.checksum)):
             self._refuse("checksum", "'blake3:' or 'sha256:' and 64 lower-case hex digits")
         if self.deadline is not None and not (isinstance(self.deadline, Real) and self.deadline > 0):
             self._refuse("deadline", "a number of seconds above 0, or None")
-        if not isinstance(self.validator, Validator | None):
+        if self.validator is not None and not isinstance(self.validator, Validator):
             self._refuse("validator", "a Validator, or None")
 
     def _refuse(self, name: str, wanted: str) -> NoReturn:

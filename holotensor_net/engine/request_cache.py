@@ -162,7 +162,8 @@ class RequestCache:
             entry = self._cache.find(key)
             if entry is None or not _fits(request, entry):
                 continue
-            if request.checksum is None and entry.variant != self._variant(index, entry.freshness.varies_on):
+            varies_on = entry.freshness.varies_on if "vary" in entry.headers else ()
+            if request.checksum is None and entry.variant != self._variant(index, varies_on):
                 continue
             if request.checksum is not None or _is_pinned(request, entry) or self._is_fresh(request, index, entry):
                 return Found(key, entry, index, is_fresh=True)

@@ -289,7 +289,7 @@ class RemoteModel:
 
     def _request(self, info: TensorInfo, priority: Priority, importance: float) -> LoadRequest:
         fragment = info.fragments[0]
-        request = LoadRequest(
+        return LoadRequest(
             info.name,
             fragment.file,
             priority=priority,
@@ -297,8 +297,8 @@ class RemoteModel:
             expected_size=fragment.length,
             byte_range=RangeRequest(fragment.start, fragment.stop),
             checksum=fragment.checksum,
+            validator=self._source.version_of(fragment.file),
         )
-        return self._source.request(request)
 
     def _watched(self, requests: list[LoadRequest]) -> Iterator[LoadResult]:
         """The results of the requests, while the report is kept."""

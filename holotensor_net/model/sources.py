@@ -25,7 +25,7 @@ from ..errors import (
     redact_url,
 )
 from ..formats.safetensors import FIRST_READ
-from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority, RangeRequest
+from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority, RangeRequest, Validator
 
 __all__ = ["FileSource", "NetworkSource", "Source", "endpoint_of", "source_of"]
 
@@ -44,8 +44,8 @@ class Source(Protocol):
     def size_of(self, path: str) -> int | None:
         """Bytes of a file that was read from, if they are known."""
 
-    def request(self, request: LoadRequest) -> LoadRequest:
-        """The request, held to the version of the file that was read from before."""
+    def version_of(self, path: str) -> Validator | None:
+        """The version of a file that was read from before, to which requests for more of it are to be held."""
 
     def is_cached(self, request: LoadRequest) -> bool:
         """Whether ``load`` would need no network."""
@@ -127,11 +127,14 @@ class NetworkSource:
         head = self._heads.get(path)
         return None if head is None else head.size
 
+    def version_of(self, path: str) -> Validator | None:
+        head = self._heads.get(path)
+        return None if head is None or not head.validator.is_strong or path in self._whole else head.validator
+
     def request(self, request: LoadRequest) -> LoadRequest:
-        head = self._heads.get(request.path)
-        if head is None or not head.validator.is_strong or request.path in self._whole:
-            return request
-        return replace(request, validator=head.validator)
+        """The request, held to the version of the file that was read from before."""
+        version = self.version_of(request.path)
+        return request if version is None else replace(request, validator=version)
 
     def is_cached(self, request: LoadRequest) -> bool:
         return request.path in self._whole or self.loader.is_cached(request)
@@ -207,8 +210,8 @@ class FileSource:
     def size_of(self, path: str) -> int | None:
         return len(self._open(path))
 
-    def request(self, request: LoadRequest) -> LoadRequest:
-        return request
+    def version_of(self, path: str) -> Validator | None:
+        return None
 
     def is_cached(self, request: LoadRequest) -> bool:
         return True

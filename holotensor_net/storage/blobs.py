@@ -100,7 +100,7 @@ class BlobStore:
         self._verify_first = verify_first
         self._on_left = on_left
         self._stamps: dict[str, int] = {}
-        self._mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._mapped: set[weakref.ref[mmap.mmap]] = set()
 
     def open(self, digest: str, size: int, *, stamp: int | None = None) -> memoryview | None:
         """A read-only view of the blob, None if it is absent or damaged (then it is set aside).
@@ -342,7 +342,7 @@ class BlobStore:
         if size >= _MAPPING_PAYS_FROM and len(self._mapped) < _most_mappings():
             with contextlib.suppress(OSError):
                 mapping = mmap.mmap(fd, size, **_MAP_OPTIONS)
-                self._mapped.add(mapping)
+                self._mapped.add(weakref.ref(mapping, self._mapped.discard))  # half the price of a WeakSet
                 return memoryview(mapping)
         return memoryview(read_all(fd, size))
 

@@ -15,6 +15,7 @@ several places are stored once. A disk that fails costs speed, never an answer.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import threading
@@ -69,7 +70,7 @@ class FragmentCache:
         self._clock = clock
         self._memory = _MemoryTier(self.config.memory_size)
         self._usage = Usage()
-        self._warned: set[object] = set()
+        self._tolerant = _Tolerance()
         root = self.config.root
         self.claims = None if root is None else Claims(root / "claims")
         self._disk = None if root is None else DiskTier(root, self.config, self._usage, clock, self._forget)
@@ -129,7 +130,7 @@ class FragmentCache:
         """Whether there may be something to resume."""
         found = False
         if self._disk is not None:
-            with self._tolerant():
+            with self._tolerant:
                 found = self._disk.blobs.has_part(name_of(key))
         return found
 
@@ -139,7 +140,7 @@ class FragmentCache:
         Its first ``settled`` bytes have just been hashed and found right.
         """
         if self._disk is not None:
-            with self._tolerant():
+            with self._tolerant:
                 return self._disk.blobs.resume(name_of(key))
         return None
 
@@ -176,7 +177,7 @@ class FragmentCache:
             try:
                 entry = self._known(name)
             except CacheError as error:
-                self._warn(error)
+                self._tolerant.warn(error)
                 continue
             if entry is not None:
                 yield self._usage.applied(name, entry)
@@ -206,7 +207,7 @@ class FragmentCache:
             return True
         self._memory.update(name, entry)
         if self._disk is not None:
-            with self._tolerant():
+            with self._tolerant:
                 self._disk.rewrite(name, entry)
         return True
 
@@ -216,7 +217,7 @@ class FragmentCache:
         existed = self._entry(name) is not None
         self._forget([name])
         if self._disk is not None:
-            with self._tolerant():
+            with self._tolerant:
                 self._disk.remove(name)
         return existed
 
@@ -249,7 +250,7 @@ class FragmentCache:
             evictions += self._memory.evictions
         disk_size = 0
         if self._disk is not None:
-            with self._tolerant():
+            with self._tolerant:
                 disk_size = self._disk.size()
         return CacheStats(len(self._names()), disk_size, self._memory.size, hits, misses, evictions)
 
@@ -261,9 +262,9 @@ class FragmentCache:
             held = self._memory.get(name)
             if held is not None:
                 self._memory.update(name, held.entry.used(count, last))
-            with self._tolerant():
+            with self._tolerant:
                 self._disk.note(name, count, last)
-        with self._tolerant():
+        with self._tolerant:
             self._disk.collect()
 
     def close(self) -> None:
@@ -278,12 +279,12 @@ class FragmentCache:
     def _names(self) -> set[str]:
         names = self._memory.names()
         if self._disk is not None:
-            with self._tolerant():
+            with self._tolerant:
                 names |= self._disk.entries.names()
         return names
 
     def _entry(self, name: str) -> CacheEntry | None:
-        with self._tolerant():
+        with self._tolerant:
             return self._known(name)
         return None
 
@@ -296,7 +297,7 @@ class FragmentCache:
 
     def _from_disk(self, name: str, known: CacheEntry | None) -> Held | None:
         if self._disk is not None:
-            with self._tolerant():
+            with self._tolerant:
                 held = self._disk.get(name, known)
                 if held is not None:
                     self._memory.put(name, held)
@@ -313,7 +314,7 @@ class FragmentCache:
         self._usage.forget(name)
         held = Held(entry, view)
         if self._disk is not None and entry.size <= self.config.max_size:
-            with self._tolerant():
+            with self._tolerant:
                 held = self._disk.adopt(name, data, entry)
         self._memory.put(name, held)
         return held.view[:]
@@ -323,15 +324,23 @@ class FragmentCache:
             self._memory.drop(name)
             self._usage.forget(name)
 
-    @contextlib.contextmanager
-    def _tolerant(self) -> Iterator[None]:
-        """A disk that fails is worth a line in the log, one for each cause, and no more."""
-        try:
-            yield
-        except CacheError as error:
-            self._warn(error)
 
-    def _warn(self, error: CacheError) -> None:
+class _Tolerance:
+    """A context in which a disk that fails is worth a line in the log, one for each cause, and no more."""
+
+    def __init__(self) -> None:
+        self._warned: set[object] = set()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, CacheError):
+            self.warn(error)
+            return True
+        return False
+
+    def warn(self, error: CacheError) -> None:
         cause = type(error), getattr(error.__cause__, "errno", None)
         if cause not in self._warned:
             self._warned.add(cause)
@@ -395,6 +404,7 @@ class _MemoryTier:
             return set(self._held)
 
 
+@functools.lru_cache(256)
 def name_of(key: str) -> str:
     """A file name for any key: long ones, and such as hold slashes or lone surrogates."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

@@ -28,7 +28,7 @@ from ..errors import CacheError
 from ..values import RangeRequest, Validator
 from .blobs import BlobStore
 from .files import contents, scan, translated
-from .freshness import Freshness, is_same_entity, kept, refreshed
+from .freshness import Freshness, answer_in, is_same_entity, kept, refreshed
 
 __all__ = ["CacheEntry", "EntryFiles", "Held", "Usage", "dispensability"]
 
@@ -93,13 +93,12 @@ class CacheEntry:
         received = now if self.received_at is None else self.received_at
         requested = received if self.requested_at is None else self.requested_at
         times = {"cached_at": now, "last_accessed": now, "received_at": received, "requested_at": requested}
-        entry = object.__new__(CacheEntry)
-        entry.__dict__.update(self.__dict__, **times)
-        return entry
+        return _made({**self.__dict__, **times})
 
     def used(self, count: int, last: float) -> CacheEntry:
         """This entry after ``count`` more uses, the last of them at ``last``."""
-        return replace(self, access_count=self.access_count + count, last_accessed=max(self.last_accessed, last))
+        latest = {"access_count": self.access_count + count, "last_accessed": max(self.last_accessed, last)}
+        return _made({**self.__dict__, **latest})
 
     def confirmed(self, headers: Mapping[str, str], requested_at: float, received_at: float) -> CacheEntry | None:
         """This entry as a 304 leaves it; None if the 304 speaks of another version (RFC 9111 §4.3.4).
@@ -119,6 +118,13 @@ class CacheEntry:
 def dispensability(now: float, last: float, uses: int) -> float:
     """Seconds without use over the number of uses, of which one counts as made."""
     return (max(0.0, now - last) + 1.0) / (1.0 + uses)
+
+
+def _made(fields: dict[str, Any]) -> CacheEntry:
+    """An entry of fields that are known to be sound, which takes a fifth of the time that its constructor does."""
+    entry = object.__new__(CacheEntry)
+    entry.__dict__.update(fields)
+    return entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +276,7 @@ _PLAIN_FIELDS: dict[str, frozenset[type]] = {
 """What is stored as it is, and the types that it may have."""
 
 _values = operator.itemgetter(*_PLAIN_FIELDS)
+_decoded = json.JSONDecoder().raw_decode
 
 
 def _is_sound(plain: Mapping[str, Any]) -> bool:
@@ -307,25 +314,21 @@ def _unpacked(text: bytes, last_accessed: float) -> CacheEntry:
     if head is None or head[2] != _check(memoryview(text)[head.end() :]):
         raise _Garbled
     try:
-        data = json.loads(text.decode())
+        data, _ = _decoded(text.decode())
         if data["schema"] != _SCHEMA:
             raise _Garbled
         plain = dict(zip(_PLAIN_FIELDS, _values(data), strict=True))
         if not _is_sound(plain):
             raise _Garbled
         span = None if data["byte_range"] is None else RangeRequest(*data["byte_range"])
-        freshness = Freshness.from_json(data["freshness"])
+        headers, asked, came = answer_in(data["freshness"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CacheError) as error:
         raise _Garbled from error
-    return CacheEntry(
-        **plain,
-        last_accessed=last_accessed,
-        access_count=int(head[1]),
-        byte_range=span,
-        headers=freshness.headers,
-        requested_at=freshness.request_time,
-        received_at=freshness.response_time,
-    )
+    plain["last_accessed"] = last_accessed
+    plain["access_count"] = int(head[1])
+    plain["byte_range"] = span
+    plain["headers"], plain["requested_at"], plain["received_at"] = kept(headers), asked, came
+    return _made(plain)
 
 
 def _uses(count: int) -> bytes:

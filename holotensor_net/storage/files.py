@@ -97,11 +97,10 @@ def contents(path: str, most: int) -> tuple[bytes, os.stat_result]:
 
 def read_all(fd: int, size: int) -> bytes:
     """The first ``size`` bytes of an open file, fewer only if it ends before; its position stays."""
-    pieces, got = [], 0
-    while got < size and (piece := os.pread(fd, size - got, got)):
-        pieces.append(piece)
-        got += len(piece)
-    return b"".join(pieces)
+    data = os.pread(fd, size, 0)
+    while len(data) < size and (more := os.pread(fd, size - len(data), len(data))):
+        data += more
+    return data
 
 
 def scan(folder: Path | str) -> list[os.DirEntry[str]]:

@@ -22,6 +22,7 @@ __all__ = [
     "CacheControl",
     "Freshness",
     "State",
+    "answer_in",
     "http_date",
     "is_same_entity",
     "kept",
@@ -38,6 +39,7 @@ KEPT_HEADERS = frozenset(
 _FOREVER = 2**31  # RFC 9111 §1.2.2: what a number of seconds that is too large counts as
 
 _END_OF_TIME = 253402300799  # the last second of the year 9999, beyond which there are no dates
+_TEXT = frozenset((str,))
 _STORED = ("headers", "request_time", "response_time")
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -216,15 +218,20 @@ class Freshness:
     @classmethod
     def from_json(cls, data: Any) -> Freshness:
         """Raises CacheError for anything that :meth:`to_json` would not give."""
-        try:
-            headers, asked, came = data["headers"], data["request_time"], data["response_time"]
-            is_sound = {str}.issuperset(map(type, (*headers.keys(), *headers.values())))
-            is_sound = is_sound and 0 <= asked <= _END_OF_TIME and 0 <= came <= _END_OF_TIME
-        except (AttributeError, KeyError, TypeError):
-            is_sound = False
-        if not is_sound:
-            raise CacheError("the stored headers of an answer are damaged: remove the cache entry, and fetch it again")
-        return cls(headers, asked, came)
+        return cls(*answer_in(data))
+
+
+def answer_in(data: Any) -> tuple[dict[str, str], float, float]:
+    """The headers and the two times in what :meth:`Freshness.to_json` gave. Raises CacheError for anything else."""
+    try:
+        headers, asked, came = data["headers"], data["request_time"], data["response_time"]
+        is_sound = _TEXT.issuperset(map(type, headers)) and _TEXT.issuperset(map(type, headers.values()))
+        is_sound = is_sound and 0 <= asked <= _END_OF_TIME and 0 <= came <= _END_OF_TIME
+    except (AttributeError, KeyError, TypeError):
+        is_sound = False
+    if not is_sound:
+        raise CacheError("the stored headers of an answer are damaged: remove the cache entry, and fetch it again")
+    return headers, asked, came
 
 
 @functools.lru_cache(64)
