@@ -49,7 +49,7 @@ from .translation import translated
 __all__ = ["Answer", "Ask", "HttpClient", "OpenSink", "Write"]
 
 _BLOCK = 256 * 1024
-_STRIDE = 1024 * 1024
+_STRIDE = 1024 * 1024  # the most bytes that are read, and written to a file, at one go
 _DRAIN = 64 * 1024
 _DRAIN_SECONDS = 0.5
 _LOOK = 0.25  # seconds between two looks whether who waits for a connection still wants it
@@ -328,17 +328,17 @@ class HttpClient:
     def _fill(self, reply: Reply, state: Transfer, most: int) -> int:
         """Have the socket fill the place of the bytes that come next; gives their number, 0 at the end."""
         room = state.room(most)
-        block = self._buffer()[: min(most, state.block(_BLOCK))] if room is None else room
+        block = self._buffer()[: min(most, state.block(_STRIDE))] if room is None else room
         size = reply.readinto1(block)
         if size:
             state.advance(block[:size], is_in_place=room is not None)
         return size
 
     def _buffer(self) -> memoryview:
-        """This thread's own, for bytes that have to be written to their place; small enough to stay in its cache."""
+        """This thread's own, for bytes that have to be written to their place."""
         buffer: memoryview | None = getattr(self._local, "buffer", None)
         if buffer is None:
-            buffer = self._local.buffer = memoryview(bytearray(_BLOCK))
+            buffer = self._local.buffer = memoryview(bytearray(_STRIDE))
         return buffer
 
     # -- connections, redirects, credentials
