@@ -29,7 +29,7 @@ __all__ = ["DiskTier"]
 _ORPHANED_AFTER = 3600.0  # seconds without a write, for part files of other processes
 _RESUMABLE_FOR = 86400.0  # seconds since a part file that can be resumed was left
 _ENTRY_DUE_WITHIN = 60.0  # seconds from publishing a blob
-_MOST_NEWS, _LEAST_NEWS = 1 << 22, 1 << 17  # bytes that the news may have, for large caches and for small ones
+_MOST_NEWS, _LEAST_NEWS = 1 << 22, 1 << 18  # bytes that the news may have, for large caches and for small ones
 _MOST_RESERVE = 1 << 30  # bytes of the disk that are left free, where that is not set
 _RESERVED_SHARE = 20  # one in so many bytes of the disk, if that is less
 
@@ -269,8 +269,8 @@ class DiskTier:
                 yield "", self._drop_part(name, known)
                 continue
             entry = self.entries.read(name)
-            if entry is None:  # gone without notice
-                self._ledger.doubt()
+            if entry is None:
+                self._ledger.miss(name)
                 continue
             present = -self._usage.applied(name, entry).eviction_score(now)
             if present > value and waiting and present > waiting[0][0]:

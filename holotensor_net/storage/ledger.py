@@ -107,9 +107,10 @@ class Ledger:
                     self._apply(item)
         self.is_counted()
 
-    def doubt(self) -> None:
-        """Something is not as it was told: look at the folder when that is next asked for."""
-        self._has_missed = True
+    def miss(self, name: str) -> None:
+        """There is no such entry, be it that somebody is about to tell that it went, or was killed before."""
+        with self._lock:
+            self._apply(Item(Kind.NO_ENTRY, name))
 
     def loosen(self, digest: str) -> None:
         """The blob has lost an entry."""

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -16,61 +15,99 @@ import pytest
 from holotensor_net.config import CacheConfig
 from holotensor_net.storage.cache import FragmentCache
 
-KEYS = 64
-QUOTA = 1 << 20  # about a quarter of what all keys take
+QUOTA = 1 << 17  # about a quarter of what all keys take
 
 WORK = """
-    import os, random, sys, threading
+    import os, random, signal, sys, threading, time
+    from blake3 import blake3
     from holotensor_net.config import CacheConfig
     from holotensor_net.storage.cache import CacheEntry, FragmentCache
 
-    root, quota, seed, threads, count, locks = sys.argv[1], *map(int, sys.argv[2:])
+    KEYS, VERSIONS = 64, 4
+    root, quota, seed, locks = sys.argv[1], *map(int, sys.argv[2:5])
     if not locks:
         import fcntl
         def refuse(*_): raise OSError(38, "no locks here")
         fcntl.flock = fcntl.fcntl = refuse
-    cache = FragmentCache(CacheConfig(directory=root, memory_size=0, max_size=quota))
-    hits = []
 
     def bytes_of(key, version):
         draw = random.Random(key * 1000 + version)
-        return draw.randbytes(draw.randrange(1, 1 << 17)) + bytes((key, version))
+        return draw.randbytes(draw.randrange(1, 1 << 14)) + bytes((key, version))
 
-    def go(number):
-        draw = random.Random(seed * 100 + number)
+    CONTENT = {(key, version): bytes_of(key, version) for key in range(KEYS) for version in range(VERSIONS)}
+    DIGESTS = {which: blake3(data).digest() for which, data in CONTENT.items()}
+
+    def opened():
+        return FragmentCache(CacheConfig(directory=root, memory_size=0, max_size=quota, free_space_reserve=0))
+
+    def go(cache, draw, count, hits):
         for _ in range(count):
-            key = draw.randrange(64)
-            if draw.random() < 0.7:
+            key, dice, version = draw.randrange(KEYS), draw.random(), draw.randrange(VERSIONS)
+            if dice < 0.85:
                 view = cache.get(str(key))
                 if view is not None:
                     hits.append(key)
-                    if bytes(view) != bytes_of(key, view[-1]):
+                    if view[-2] != key or blake3(view).digest() != DIGESTS[key, view[-1]]:
                         os._exit(3)
-            elif draw.random() < 0.9:
-                cache.put(str(key), bytes_of(key, draw.randrange(3)), CacheEntry(str(key), 0))
-            elif draw.random() < 0.5:
+                continue
+            data = CONTENT[key, version]
+            if dice < 0.96:
+                cache.put(str(key), data, CacheEntry(str(key), 0))
+            elif dice < 0.98:
                 cache.remove(str(key))
             else:
                 part = cache.create(None)
                 if part is not None:
-                    data = bytes_of(key, 3)
                     part.write(0, data)
                     cache.adopt(str(key), part, CacheEntry(str(key), len(data)))
 
-    workers = [threading.Thread(target=go, args=(number,)) for number in range(threads)]
-    print("begun", flush=True)
-    for worker in workers: worker.start()
-    for worker in workers: worker.join()
-    cache.close()
-    print(len(hits))
+    def child(number, threads, count):
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            with opened() as cache:
+                hits = []
+                draws = [random.Random(f"{seed} {number} {each}") for each in range(threads)]
+                workers = [threading.Thread(target=go, args=(cache, draw, count, hits)) for draw in draws]
+                for worker in workers: worker.start()
+                for worker in workers: worker.join()
+            os._exit(0 if len(hits) > threads * count // 20 else 4)
+        finally:
+            os._exit(5)
+
+    def crowd(processes, threads, count):
+        for pid in [child(number, threads, count) for number in range(processes)]:
+            assert os.waitpid(pid, 0)[1] == 0
+
+    def die(kills):
+        '''Four writers, of which one dies at a time, and is followed by another.'''
+        draw = random.Random(seed)
+        running = [child(number, 1, 10**9) for number in range(4)]
+        for number in range(kills):
+            time.sleep(draw.uniform(0.0, 0.01))  # where it is by then is the subject
+            pid = running.pop(draw.randrange(4))
+            os.kill(pid, signal.SIGKILL)
+            assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+            opened().close()
+            left = [name for name in os.listdir(f"{root}/partial") if f"-{pid}." in name]
+            assert not left, left
+            running.append(child(4 + number, 1, 10**9))
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+            assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+    {"crowd": crowd, "die": die}[sys.argv[5]](*map(int, sys.argv[6:]))
 """
 
 
-def start(root: Path, seed: int, *, threads: int, count: int, locks: bool = True) -> subprocess.Popen[str]:
-    arguments = [str(root), *map(str, (QUOTA, seed, threads, count, int(locks)))]
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(WORK), *arguments], stdout=subprocess.PIPE, text=True
-    )
+def run(root: Path, seed: int, way: str, *numbers: int, locks: bool = True, timeout: float = 100) -> None:
+    (root / "partial").mkdir(parents=True)
+    arguments = [str(root), *map(str, (QUOTA, seed, int(locks))), way, *map(str, numbers)]
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(WORK), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert (done.returncode, done.stderr) == (0, "")
+    check(root)
 
 
 def check(root: Path) -> None:
@@ -85,65 +122,34 @@ def check(root: Path) -> None:
             view = cache.get(entry.fragment_id)
             assert view is not None
             draw = random.Random(int(entry.fragment_id) * 1000 + view[-1])
-            assert view == draw.randbytes(draw.randrange(1, 1 << 17)) + bytes((int(entry.fragment_id), view[-1]))
+            assert view == draw.randbytes(draw.randrange(1, 1 << 14)) + bytes((int(entry.fragment_id), view[-1]))
         named = {entry.digest for entry in cache}
         assert {blob.name for blob in (root / "blobs").glob("*/*")} == named
         cache.prune(0)
     assert not list((root / "blobs").glob("*/*"))
 
 
-def crowd(root: Path, processes: int, threads: int, operations: int, locks: bool) -> None:
-    each = operations // processes // threads
-    running = [start(root, seed, threads=threads, count=each, locks=locks) for seed in range(processes)]
-    told = [process.communicate(timeout=500)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * processes
-    assert sum(int(one.split()[-1]) for one in told) > operations // 20
-    check(root)
-
-
 @pytest.mark.parametrize("locks", [True, False])
 def test_every_read_is_right_at_a_quarter_of_the_room(tmp_path: Path, locks: bool) -> None:
-    crowd(tmp_path / "cache", 3, 4, 1500, locks)
+    run(tmp_path / "cache", 1, "crowd", 8, 8, 25_000 // 64, locks=locks)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("locks", [True, False])
 def test_every_read_is_right_in_half_a_million(tmp_path: Path, locks: bool) -> None:
-    crowd(tmp_path / "cache", 8, 8, 500_000, locks)
-
-
-def killed_at_random(root: Path, kills: int, seed: int) -> None:
-    """Four writers, of which one dies at a time, and is followed by another."""
-    draw = random.Random(seed)
-    running = [start(root, number, threads=1, count=10**9) for number in range(4)]
-    try:
-        for number in range(kills):
-            victim = running[0]
-            assert victim.stdout is not None
-            assert victim.stdout.readline() == "begun\n"
-            time.sleep(draw.uniform(0.0, 0.1))  # where it is by then is the subject
-            assert [process.poll() for process in running] == [None] * 4
-            del running[0]
-            victim.send_signal(signal.SIGKILL)
-            assert victim.wait(60) == -signal.SIGKILL
-            victim.communicate()
-            running.append(start(root, 4 + number, threads=1, count=10**9))
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
-    check(root)
+    run(tmp_path / "cache", 2, "crowd", 8, 8, 500_000 // 64, locks=locks, timeout=1100)
 
 
 def test_killed_at_random_they_leave_old_new_or_nothing(tmp_path: Path) -> None:
-    killed_at_random(tmp_path / "cache", 8, 7)
+    run(tmp_path / "cache", 7, "die", 200)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_killed_at_random_two_thousand_times(tmp_path: Path) -> None:
-    killed_at_random(tmp_path / "cache", 2000, 8)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("locks", [True, False])
+def test_killed_at_random_two_thousand_times(tmp_path: Path, locks: bool) -> None:
+    run(tmp_path / "cache", 8, "die", 2000, locks=locks, timeout=1100)
 
 
 KILLED_BETWEEN = """
