@@ -116,6 +116,8 @@ REFUSED: list[tuple[type, str, list[Any]]] = [
     (SchedulerConfig, "max_requests_per_second", SECONDS_OR_NONE),
     (CacheConfig, "max_size", COUNTS),
     (CacheConfig, "memory_size", ["5", -1, None]),
+    (CacheConfig, "free_space_reserve", ["5", -1, 0.05, True]),
+    (CacheConfig, "verify_on_open", ["yes", 1, None]),
     (NetworkConfig, "timeout", SECONDS),
     (NetworkConfig, "connect_timeout", SECONDS),
     (NetworkConfig, "max_concurrent", COUNTS),
@@ -123,6 +125,8 @@ REFUSED: list[tuple[type, str, list[Any]]] = [
     (NetworkConfig, "retry", [None, {}, 3]),
     (NetworkConfig, "cache_dir", [True, 5, b"cache"]),
     (NetworkConfig, "max_cache_size", COUNTS),
+    (NetworkConfig, "free_space_reserve", ["5", -1, 0.05, True]),
+    (NetworkConfig, "verify_on_open", ["yes", 1, None]),
     (NetworkConfig, "min_bandwidth", SECONDS),
     (NetworkConfig, "max_bandwidth", SECONDS_OR_NONE),
     (NetworkConfig, "max_requests_per_second", SECONDS_OR_NONE),
@@ -330,6 +334,8 @@ def test_each_room_is_given_its_part() -> None:
         offline=True,
         memory_budget=400,
         max_requests_per_second=9,
+        free_space_reserve=10,
+        verify_on_open=True,
     )
     assert config.client == ClientConfig(
         timeout=1,
@@ -348,7 +354,9 @@ def test_each_room_is_given_its_part() -> None:
         memory_budget=400,
         max_requests_per_second=9,
     )
-    assert config.cache == CacheConfig(directory="folder", max_size=6, memory_size=100, offline=True)
+    assert config.cache == CacheConfig(
+        directory="folder", max_size=6, memory_size=100, offline=True, free_space_reserve=10, verify_on_open=True
+    )
 
 
 def test_the_memory_tier_takes_a_quarter_of_the_budget_and_not_too_much() -> None:

@@ -7,12 +7,14 @@ import json
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
 
 from holotensor_net.config import CacheConfig
+from holotensor_net.storage import blobs as blobs_room
 from holotensor_net.storage.cache import CacheEntry, FragmentCache
 
 LARGE = 1 << 18  # from here on a blob is trusted by its file's time
@@ -96,12 +98,16 @@ def test_verify_finds_all_of_it_and_nothing_else(tmp_path: Path, count: int) -> 
         assert {entry.fragment_id for entry in cache} == {str(n) for n in set(range(count)) - blobs - entries}
 
 
+@pytest.mark.parametrize("verify_on_open", [False, True])
 @pytest.mark.parametrize("count", COUNTS)
-def test_what_is_read_is_right_or_a_miss_and_a_second_fetch_heals_it(tmp_path: Path, count: int) -> None:
-    config = filled(tmp_path, count)
+def test_what_is_read_is_right_or_a_miss_and_a_second_fetch_heals_it(
+    tmp_path: Path, count: int, verify_on_open: bool
+) -> None:
+    config = replace(filled(tmp_path, count), verify_on_open=verify_on_open)
     blobs, entries = damage(tmp_path, count, random.Random(8))
-    # What a disk does behind the back of a durable blob's time is for verify to find.
-    unseen = {n for n in blobs if len(payload(n)) >= LARGE and blob_of(tmp_path, n).exists()}
+    unseen: set[int] = set()
+    if not verify_on_open:  # what a disk does behind the back of a durable blob's time is for verify to find
+        unseen = {n for n in blobs if len(payload(n)) >= LARGE and blob_of(tmp_path, n).exists()}
     with FragmentCache(config) as cache:
         for number in sorted(set(range(count)) - unseen):
             data = cache.get(f"{number}")
@@ -111,3 +117,24 @@ def test_what_is_read_is_right_or_a_miss_and_a_second_fetch_heals_it(tmp_path: P
             assert data == payload(number)
         assert set(cache.verify()) <= set(map(str, unseen))
         assert all(cache.get(f"{number}") == payload(number) for number in set(range(count)) - unseen)
+
+
+def test_who_verifies_on_open_hashes_once_and_what_came_here_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[int] = []
+
+    def digest_of(data: memoryview) -> str:
+        hashed.append(len(data))
+        return blake3(data).hexdigest()
+
+    config = filled(tmp_path, 1)
+    monkeypatch.setattr(blobs_room, "digest_of", digest_of)
+    for verify_on_open, count in ((False, 0), (True, 1)):
+        with FragmentCache(replace(config, verify_on_open=verify_on_open)) as cache:
+            for _ in range(3):
+                assert cache.get("0") == payload(0)
+            assert hashed == [LARGE] * count
+            cache.put("new", payload(50 + 50 * count), CacheEntry("new", 0))
+            assert cache.get("new") == payload(50 + 50 * count)
+            assert hashed == [LARGE] * count
