@@ -75,8 +75,8 @@ class Turn:
     """Where a load stands among processes that want the same, which is told by the cache's ``name`` for it.
 
     ``has_come``: it is this process's to bring, ``is_claimed``: others know. ``is_waiting``: another brings it;
-    ``since`` is the wall clock's time when that was first seen, ``until`` when it is waited for no longer, and then
-    ``is_late``; ``pause`` are the seconds to the next look."""
+    ``since`` is the wall clock's time when that was first seen, ``began`` the other clock's; ``is_late``: it is waited
+    for no longer; ``pause`` are the seconds to the next look."""
 
     name: str
     has_come: bool = False
@@ -85,7 +85,7 @@ class Turn:
     has_waited: bool = False
     is_late: bool = False
     since: float = 0.0
-    until: float = 0.0
+    began: float = 0.0
     pause: float = 0.0
 
 

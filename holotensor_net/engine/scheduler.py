@@ -180,6 +180,7 @@ class Scheduler:
         self._queue = PriorityQueue(clock=clock)
         self._shorts: dict[tuple[str, Validator | None], _Shorts] = {}
         self._parked: set[PrioritizedFragment] = set()
+        self._withdrawn: set[PrioritizedFragment] = set()
         self._controller = ConcurrencyController(self.config.max_concurrent)
         self._budget = RateBudget(self.config.max_bandwidth)
         self._request_budget = RateBudget(self.config.max_requests_per_second)
@@ -263,6 +264,7 @@ class Scheduler:
                 plan.pending.append(byte_range)
                 plan.stop = max(plan.stop, byte_range.stop)
             self._parked.discard(fragment)
+            self._withdrawn.discard(fragment)
             if not plan.queued:
                 plan.queued = True
                 self._queue.push(fragment, place=plan.place)
@@ -276,6 +278,7 @@ class Scheduler:
             self._drop(fragment)
             fragment.state = Plan(deque(), 0, queued=False)
             self._parked.add(fragment)
+            self._withdrawn.add(fragment)
             self._room.notify_all()
 
     def restart(
@@ -524,7 +527,7 @@ class Scheduler:
                 self._changed.notify()
 
     def clear(self) -> None:
-        """Forget everything that is queued; what is being fetched goes on."""
+        """Forget everything that is queued or was withdrawn; what is being fetched goes on."""
         for fragment in self._forget_queued():
             self.dropped(fragment)
 
@@ -679,7 +682,9 @@ class Scheduler:
 
     def _forget_queued(self) -> list[PrioritizedFragment]:
         with self._changed:
-            found = self._queue.clear()
+            found = [*self._queue.clear(), *self._withdrawn]
+            self._parked -= self._withdrawn
+            self._withdrawn.clear()
             for fragment in found:
                 fragment.state = _SETTLED
             self._shorts.clear()
@@ -691,6 +696,7 @@ class Scheduler:
         """Forget a fragment; whether something of it was still to be handed out."""
         was_queued = self._queue.discard(fragment)
         self._parked.discard(fragment)
+        self._withdrawn.discard(fragment)
         if was_queued:
             self._drop_short(fragment)
         return was_queued

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..values import Priority
 from .loads import Load, Turn
 from .request_cache import RequestCache
 from .scheduler import Scheduler
@@ -17,6 +18,8 @@ __all__ = ["Move", "Turns"]
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.25
 _GROWTH = 1.5
+_URGENT = 1.0
+"""Seconds that what is urgent waits for another process, to which it may be anything but urgent."""
 
 
 class Move(enum.Enum):
@@ -37,7 +40,8 @@ class _Limits:
     def of(self, load: Load) -> float:
         wanted = load.request.byte_range
         size = load.request.expected_size if wanted is None else wanted.length
-        return self.seconds + (size or 0) / self.rate
+        most = self.seconds + (size or 0) / self.rate
+        return min(most, _URGENT) if load.fragment.priority == Priority.CRITICAL else most
 
 
 class Turns:
@@ -94,8 +98,7 @@ class Turns:
         """Take a load out of the queue. With the lock held."""
         turn.is_waiting = True
         if not turn.has_waited:
-            turn.has_waited, turn.since = True, self._cache.now()
-            turn.until = self._clock() + self._limits.of(load)
+            turn.has_waited, turn.since, turn.began = True, self._cache.now(), self._clock()
         turn.pause = _FIRST_PAUSE
         self._scheduler.withdraw(load.fragment)
 
@@ -104,7 +107,7 @@ class Turns:
         turn = load.turn
         if turn is None or self._claims is None or load.done or not turn.is_waiting:
             return None
-        is_late = self._clock() >= turn.until
+        is_late = self._clock() >= turn.began + self._limits.of(load)
         if not is_late and not self._claims.is_free(turn.name):
             turn.pause = min(_GROWTH * turn.pause, _LONGEST_PAUSE)
             return turn.pause

@@ -203,7 +203,7 @@ def test_neighbours_of_one_that_is_waited_for_come_at_once(scene: Callable[..., 
     assert futures[4].result(LIMIT).data == data[4000:5000]
 
 
-@pytest.mark.parametrize("end", ["cancel", "future", "deadline", "close"])
+@pytest.mark.parametrize("end", ["cancel", "future", "deadline", "close", "clear"])
 def test_who_waits_for_another_can_be_told_at_once(scene: Callable[..., Scene], end: str) -> None:
     here = scene()
     request = LoadRequest("big", "big", deadline=0.2 if end == "deadline" else None)
@@ -215,6 +215,8 @@ def test_who_waits_for_another_can_be_told_at_once(scene: Callable[..., Scene], 
         assert here.loader.cancel("big")
     elif end == "close":
         here.loader.close()
+    elif end == "clear":
+        here.loader.scheduler.clear()
     if end != "future":
         result = future.result(LIMIT)
         assert isinstance(result, LoadFailure)
@@ -229,6 +231,23 @@ def test_who_has_hung_is_not_waited_for_for_ever(scene: Callable[..., Scene], da
     future = here.enqueue(WAYS["whole"])
     assert here.loader.update_priority("big", Priority.CRITICAL)
     assert future.result(LIMIT).data == data
+
+
+@pytest.mark.parametrize("is_promoted", [False, True])
+def test_what_is_urgent_is_soon_fetched_though_another_is_at_it(
+    scene: Callable[..., Scene], data: bytes, is_promoted: bool
+) -> None:
+    here = scene()
+    priority = Priority.NORMAL if is_promoted else Priority.CRITICAL
+    here.claim(WAYS["whole"])
+    here.claim(WAYS["range"])
+    waiting = here.enqueue(WAYS["range"])
+    future = here.loader.enqueue(LoadRequest("now", "big", priority=priority))
+    if is_promoted:
+        assert here.loader.update_priority("now", Priority.CRITICAL)
+    assert future.result(LIMIT / 2).data == data
+    assert not waiting.done()  # for half a minute and more
+    assert waiting.cancel()
 
 
 def test_answer_that_may_not_be_stored_holds_nobody_up(scene: Callable[..., Scene]) -> None:
