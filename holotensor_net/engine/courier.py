@@ -161,8 +161,9 @@ class Courier:
         is_begun = load.attempt.head is not None and load.request.checksum is None
         return load.attempt.endpoint if is_begun else None
 
-    def _ask(self, piece: Piece, lead: Share, endpoint: int) -> Ask:
+    def _ask(self, piece: Piece, shares: list[Share], endpoint: int) -> Ask:
         """What to ask the endpoint for."""
+        lead, now = shares[0], self._now()
         load, attempt, wanted = lead.load, lead.attempt, piece.byte_range
         request = load.request
         # The whole object, where a range was asked for, does only if no other piece is to be had, or on its way.
@@ -172,7 +173,8 @@ class Courier:
             if moved and not load.is_provable:
                 raise Moved("another endpoint may have another version")
             attempt.endpoint = endpoint
-            attempt.asked_at = attempt.asked_at or self._now()
+            for share in shares:
+                share.attempt.asked_at = share.attempt.asked_at or now
             # Only the endpoint that gave a validator can confirm it.
             held = load.held if load.held is not None and load.held.endpoint == endpoint else None
             return Ask(
@@ -187,7 +189,7 @@ class Courier:
 
     def transfer(self, piece: Piece, shares: list[Share], endpoint: int) -> tuple[int, Answer]:
         """Bring a piece from an endpoint, or from another one where that is slow; gives which, and what it said."""
-        race = Race(shares, self._ask(piece, shares[0], endpoint), endpoint, self._clock())
+        race = Race(shares, self._ask(piece, shares, endpoint), endpoint, self._clock())
         with self._lock:
             is_alone = self._alternative(shares, endpoint) is None
         patience = self._patience(

@@ -493,6 +493,26 @@ def test_what_is_said_with_one_part_is_said_of_all_parts_of_that_version(folder:
             assert len(origin.asked) == 4
 
 
+def test_parts_that_came_with_one_answer_age_from_when_it_was_asked_for(folder: Path) -> None:
+    origin = Origin([*control("max-age=100"), *TAG])
+    pieces = [part(0, 6), part(6, 8), part(8, 22)]
+
+    def slow(request: Request) -> Script:
+        scene.clock.now += 80
+        return origin(request)
+
+    with Wire(always=slow) as wire:
+        scene = Scene(folder, wire)
+        with scene.loader() as loader:
+            futures = loader.enqueue_many(pieces)
+            assert b"".join(bytes(future.result(5).data) for future in futures) == b"answer 1 of the origin"
+        assert len(origin.asked) == 1
+        with scene.loader() as loader:
+            assert [loader.is_cached(piece) for piece in pieces] == [True] * 3
+            scene.clock.now += 30
+            assert [loader.is_cached(piece) for piece in pieces] == [False] * 3
+
+
 def test_no_part_of_an_old_version_is_fresh_once_another_was_seen(folder: Path) -> None:
     origin = Origin([*FRESH, ("ETag", '"one"')], [*FRESH, ("ETag", '"two"')])
     with Wire(always=origin) as wire:
