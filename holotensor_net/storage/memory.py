@@ -119,7 +119,10 @@ def _memory(size: int, spare: int) -> bytearray | mmap.mmap | memoryview:
     if length > spare or _RECLAIMABLE < 0:
         return _mapping(size)
     mapping = _SPARE.take(length) or _mapping(length)
-    lent = _lent(mapping)
+    try:
+        lent = _lent(mapping)
+    except (ImportError, OSError):  # a library cannot be opened when there are too many open files
+        return mapping if len(mapping) == size else memoryview(mapping)[:size]
     weakref.finalize(lent, _SPARE.keep, mapping, spare).atexit = False  # others may still look into it at the exit
     return memoryview(lent).cast("B")[:size]
 

@@ -16,7 +16,9 @@ import pytest
 from servers import Nginx, tool, unavailable
 
 from holotensor_net.config import NetworkConfig
+from holotensor_net.engine.loader import NetworkLoader
 from holotensor_net.storage.cache import FragmentCache
+from holotensor_net.values import LoadRequest
 
 MIB = 1 << 20
 SIZES = {"long": 9 * MIB, "middle": MIB, "short": 5000}
@@ -94,3 +96,104 @@ def test_a_disk_that_gives_errors(server: Nginx, tmp_path: Path, objects: dict[s
 def test_a_folder_that_may_only_be_read(server: Nginx, small_disk: Path, objects: dict[str, bytes]) -> None:
     subprocess.run([tool("mount"), "-o", "remount,ro", str(small_disk)], check=True)
     assert_delivers(server, small_disk / "cache", objects)
+
+
+FEW_FILES = """
+    import os, resource, sys
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    limit = taken[0] + int(sys.argv.pop(1))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    import holotensor_net.engine.loader, requests, blake3, encodings.idna
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    os.close(taken.pop())
+"""
+
+
+@pytest.mark.parametrize("spare", [2, 3, 4])
+def test_too_few_descriptors(server: Nginx, tmp_path: Path, objects: dict[str, bytes], spare: int) -> None:
+    """There are as many as a connection takes, and a few for the disk: here it fails in one place, there in another."""
+    load = textwrap.dedent(LOAD).replace("chunk_size=1 << 20", "chunk_size=1 << 20, max_concurrent=1")
+    cache, names = tmp_path / "cache", " ".join(objects)
+    command = [sys.executable, "-c", textwrap.dedent(FEW_FILES) + load, str(spare), server.url, str(cache), names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {name: sha256(data).hexdigest() for name, data in objects.items()}
+    assert done.stderr.splitlines() == ["WARNING"]
+    assert not list((cache / "partial").glob("*"))
+    with FragmentCache(NetworkConfig(cache_dir=cache).cache) as kept:
+        assert kept.verify() == []
+
+
+OFFLINE = """
+    import json, logging, os, sys
+    from hashlib import sha256
+    from holotensor_net.config import CdnEndpoint, NetworkConfig
+    from holotensor_net.engine.loader import NetworkLoader
+    from holotensor_net.values import LoadRequest, RangeRequest
+    import holotensor_net.engine.streaming, tqdm, requests
+
+    url, names = sys.argv[1], sys.argv[2].split()
+    if os.getuid() == 0 and os.environ.get("DROP"):
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    def watch(event, arguments):
+        assert not event.startswith("socket."), event
+    sys.addaudithook(watch)
+    config = NetworkConfig(endpoints=(CdnEndpoint(url),), cache_dir="cache")
+    try:
+        open("cache/new", "w")
+        print("could be written")
+    except OSError:
+        pass
+    with NetworkLoader(config) as loader:
+        got = {name: loader.load(LoadRequest(name, name)).data for name in names}
+        got |= {result.fragment_id + " again": result.data for result in loader.stream(names)}
+        part = loader.load(LoadRequest("part", "long", byte_range=RangeRequest(5, 1000005))).data
+        assert part == got["long"][5:1000005]
+        assert loader.head("long").size == len(got["long"])
+        assert all(loader.is_cached(LoadRequest(name, name)) for name in names)
+        assert type(loader.load(LoadRequest("x", "x")).error).__name__ == "OfflineError"
+        assert loader.cache.stats().entries == len(names)
+        loader.sync()
+    print(json.dumps({name: sha256(view).hexdigest() for name, view in got.items()}))
+"""
+
+
+@pytest.mark.parametrize("way", ["mount", "owner"])
+def test_offline_all_is_read_from_a_folder_that_may_only_be_read(
+    server: Nginx, tmp_path: Path, objects: dict[str, bytes], way: str
+) -> None:
+    """Nothing is even tried: no socket, no warning, and every file and folder is as it was."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    mount = [tool("mount"), "-t", "tmpfs", "-o", "size=32m,mode=0755", "none", str(folder)]
+    if way == "mount" and subprocess.run(mount, capture_output=True).returncode:
+        unavailable("nothing may be mounted here")
+    try:
+        with NetworkLoader(NetworkConfig(endpoints=(server.url,), cache_dir=folder / "cache")) as loader:
+            for name in objects:
+                assert loader.load(LoadRequest(name, name)).is_success
+        if way == "mount":
+            subprocess.run([tool("mount"), "-o", "remount,ro", str(folder)], check=True)
+        else:
+            subprocess.run([tool("chmod"), "-R", "a+rX,a-w", str(folder)], check=True)
+        before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+        environment = {**os.environ, "HOLOTENSOR_OFFLINE": "1", "DROP": "1" * (way == "owner")}
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", textwrap.dedent(OFFLINE), server.url, " ".join(objects)],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        digests = {name: sha256(data).hexdigest() for name, data in objects.items()}
+        assert json.loads(done.stdout) == {**digests, **{f"{name} again": digests[name] for name in objects}}
+        assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
+    finally:
+        if way == "mount":
+            subprocess.run([tool("umount"), "--lazy", str(folder)], check=True)
+        else:
+            subprocess.run([tool("chmod"), "-R", "u+w", str(folder)], check=True)
