@@ -188,8 +188,10 @@ class LoadRequest(_Discreet):
 class LoadSuccess(_Discreet):
     """The bytes of a fragment, verified.
 
-    ``data`` is a read-only view that stays valid as long as it is held, whatever the cache evicts. ``duration`` in
-    seconds, from when the fragment was queued. ``head``: what the network said of the object that it is a part of.
+    ``data`` is a read-only view that stays valid as long as it is held, whatever the cache evicts. Short neighbours
+    that came together share one buffer, of a few MiB at most, which each of them keeps: copy what you keep few of.
+    ``duration`` in seconds, from when the fragment was queued. ``head``: what the network said of the object that it is
+    a part of.
     """
 
     fragment_id: str

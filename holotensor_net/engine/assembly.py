@@ -7,7 +7,7 @@ object, and is handed over once all of it is there and proves right.
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..config import NetworkConfig
 from ..errors import ChecksumMismatch, HttpError, ObjectChanged
@@ -25,7 +25,21 @@ from .turns import Turns
 
 __all__ = ["Assembly"]
 
+_DENSE = 0.75
+"""Of what is read in one request for several fragments: from so much on that is theirs, they share its memory."""
+
 _UNTIL_ITS_END = RangeRequest(0, 1 << 62)
+
+
+@dataclass(frozen=True, slots=True)
+class _Common:
+    """Memory that short neighbours share: the bytes ``span`` of their object."""
+
+    span: RangeRequest
+    memory: MemoryPart
+
+    def part(self, span: RangeRequest) -> MemoryPart:
+        return self.memory.part(span.start - self.span.start, span.stop - self.span.start)
 
 
 class Assembly:
@@ -45,9 +59,10 @@ class Assembly:
         spans = [_span(share, head) for share in shares]
         made: list[Destination | None] = []
         places: list[tuple[RangeRequest, Destination]] = []
+        common = self._common(shares, spans)
         try:
             for share, span in zip(shares, spans, strict=True):
-                made.append(self._made(share, span, head))
+                made.append(self._made(share, span, head, common))
             with self._lock:
                 for share, span, new in zip(shares, spans, made, strict=True):
                     place = self._place(share, span, head, new)
@@ -58,13 +73,27 @@ class Assembly:
             for new in made:
                 if new is not None and id(new) not in used:
                     new.discard()
+        if common is not None and len(used) == len(made):  # the socket fills it
+            places = [(common.span, common.memory)]
         scatter = Scatter(places)
         if head.size is not None:
             return scatter
         is_in_memory = any(isinstance(destination, MemoryPart) for _, destination in places)
         return Bounded(scatter, self._config.memory_budget if is_in_memory else self._config.max_cache_size)
 
-    def _made(self, share: Share, span: RangeRequest, head: HeadInfo) -> Destination | None:
+    def _common(self, shares: list[Share], spans: list[RangeRequest]) -> _Common | None:
+        """Memory for short neighbours together, unless too much of it would be for what lies between them."""
+        span = RangeRequest(spans[0].start, spans[-1].stop)
+        if len(shares) == 1 or sum(each.length for each in spans) < _DENSE * span.length:
+            return None
+        for share, each in zip(shares, spans, strict=True):
+            if share.attempt.destination is not None or not self._cache.is_for_memory(each.length):
+                return None
+        return _Common(span, MemoryPart(span.length, spare=self._config.memory_budget))
+
+    def _made(
+        self, share: Share, span: RangeRequest, head: HeadInfo, common: _Common | None = None
+    ) -> Destination | None:
         """A place for a load's bytes, None if it has one."""
         load, attempt = share.load, share.attempt
         if attempt.destination is not None:
@@ -72,6 +101,8 @@ class Assembly:
         size = None if _is_open_ended(load.request, head) else span.length
         if "no-store" in head.headers.get("cache-control", "").lower():
             self._turns.end(load)  # there will be nothing to wait for
+        if common is not None:
+            return common.part(span)
         if load.in_memory:
             return MemoryPart(size, spare=self._config.memory_budget)
         return self._cache.destination(size, head, load.request, attempt.endpoint or 0)

@@ -69,9 +69,7 @@ class _Answer:
     """What is true of everything that came with one answer: worked out once, however many fragments that is."""
 
     head: HeadInfo
-    url: str
-    headers: Mapping[str, str]
-    variant: str | None
+    entry: CacheEntry  # of a part that nobody asked for
     is_storable: bool
 
 
@@ -234,13 +232,16 @@ class RequestCache:
         entry = self._cache.find(found.key)
         return found.head if entry is None else replace(found, entry=entry).head
 
+    def is_for_memory(self, size: int | None) -> bool:
+        """Whether a fragment is too small to be worth a file while it comes."""
+        return size is not None and not is_worth_a_sync(size)
+
     def destination(
         self, size: int | None, head: HeadInfo, request: LoadRequest | None = None, endpoint: int = 0
     ) -> Destination:
         """A place for a fragment: a part file, or memory where the disk has none, the server forbids to store, or it is
         too small to be worth one. With the ``request`` that it is for, a long one can be resumed."""
-        is_short = size is not None and not is_worth_a_sync(size)
-        if not is_short and "no-store" not in head.headers.get("cache-control", "").lower():
+        if not self.is_for_memory(size) and "no-store" not in head.headers.get("cache-control", "").lower():
             key = note = None
             is_provable = request is not None and (request.checksum is not None or head.validator.is_strong)
             if request is not None and is_provable and (size or 0) >= _WORTH_RESUMING:
@@ -297,7 +298,9 @@ class RequestCache:
         self._saw(request, endpoint, head.validator, head, self.now() if asked_at is None else asked_at)
         if not answer.is_storable and not isinstance(destination, PartFile):
             return data
-        key, entry = self.key(request, endpoint), self._entry(request, answer, wanted, asked_at)
+        name, digest = without_query(request.fragment_id), _blake3_in(request.checksum)
+        entry = answer.entry.of(name, wanted.length, request.byte_range, digest, asked_at)
+        key = self.key(request, endpoint)
         try:
             if isinstance(destination, PartFile):
                 return self._cache.adopt(key, destination, entry)
@@ -313,26 +316,20 @@ class RequestCache:
         freshness = Freshness(head.headers)
         url = redact_url(self._place(endpoint, path)[0])
         variant = self._variant(endpoint, freshness.varies_on)
-        answer = _Answer(head, url, freshness.headers, variant, freshness.is_storable)
-        self._here.answer = path, endpoint, answer
-        return answer
-
-    def _entry(self, request: LoadRequest, answer: _Answer, wanted: RangeRequest, asked_at: float | None) -> CacheEntry:
-        head = answer.head
-        return CacheEntry(
-            fragment_id=without_query(request.fragment_id),
-            size=wanted.length,
+        entry = CacheEntry(
+            fragment_id="",
+            size=0,
             etag=head.etag,
             last_modified=head.last_modified,
-            url=answer.url,
-            byte_range=request.byte_range,
+            url=url,
             object_size=head.size,
             validator_is_strong=head.validator.is_strong,
-            headers=answer.headers,
-            requested_at=asked_at,
-            variant=answer.variant,
-            digest=_blake3_in(request.checksum),
+            headers=freshness.headers,
+            variant=variant,
         )
+        answer = _Answer(head, entry, freshness.is_storable)
+        self._here.answer = path, endpoint, answer
+        return answer
 
     def _variant(self, endpoint: int, names: Collection[str]) -> str | None:
         """A digest of what the requests to an endpoint say in these headers, None if there are none (RFC 9111 §4.1).

@@ -14,7 +14,6 @@ several places are stored once. A disk that fails costs speed, never an answer.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import logging
@@ -38,6 +37,9 @@ from .parts import PartFile
 __all__ = ["CacheEntry", "CacheStats", "FragmentCache", "name_of"]
 
 _log = logging.getLogger("holotensor_net.cache")
+
+_LARGEST_BUFFER = 0.125
+"""Of the memory tier: of a larger buffer, a part is copied rather than that it keeps the whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +310,7 @@ class FragmentCache:
         """Let both tiers take the bytes, as far as they may and can."""
         name, now = name_of(key), self._clock()
         entry = entry.stored(now)
-        if not entry.freshness.is_storable:
+        if not entry.is_storable:
             self.remove(key)
             return view
         self._usage.forget(name)
@@ -348,21 +350,53 @@ class _Tolerance:
 
 
 class _Counting(LRUCache[str, Held]):
-    """The least recently used goes first, and is counted."""
+    """The least recently used goes first, and is counted.
 
-    evictions = 0
+    Fragments that came together look into one buffer, all of which is there for as long as one of them is: so what is
+    held to the limit is the buffers' bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        # An empty fragment counts as a byte: no number of them shall fit into nothing.
+        super().__init__(limit, getsizeof=lambda held: max(1, held.view.nbytes))
+        self.evictions = 0
+        self._buffers: dict[int, tuple[int, int]] = {}  # by id: how many entries look into it, and its bytes
+        self._bytes = 0
 
     def popitem(self) -> tuple[str, Held]:
         self.evictions += 1
         return super().popitem()
+
+    def __setitem__(self, name: str, held: Held) -> None:
+        buffer = memoryview(held.view.obj).nbytes
+        if buffer > held.view.nbytes and buffer > self.maxsize * _LARGEST_BUFFER:
+            held = Held(held.entry, memoryview(bytes(held.view)))
+            buffer = held.view.nbytes
+        if name in self:
+            del self[name]
+        super().__setitem__(name, held)
+        count, _ = self._buffers.get(id(held.view.obj), (0, 0))
+        self._buffers[id(held.view.obj)] = count + 1, buffer
+        self._bytes += 0 if count else buffer
+        while self._bytes > self.maxsize:
+            self.popitem()
+
+    def __delitem__(self, name: str) -> None:
+        where = id(self[name].view.obj)
+        super().__delitem__(name)
+        count, buffer = self._buffers[where]
+        if count > 1:
+            self._buffers[where] = count - 1, buffer
+        else:
+            del self._buffers[where]
+            self._bytes -= buffer
 
 
 class _MemoryTier:
     """The entries used last, as many as fit into ``limit`` bytes; 0 for none. The lock guards the LRU."""
 
     def __init__(self, limit: int) -> None:
-        # An empty fragment counts as a byte: no number of them shall fit into nothing.
-        self._held = _Counting(limit, getsizeof=lambda held: max(1, held.view.nbytes))
+        self._held = _Counting(limit)
         self._lock = threading.Lock()
 
     @property
@@ -380,9 +414,10 @@ class _MemoryTier:
     def put(self, name: str, held: Held) -> None:
         """Hold it, or, where it is too large, at least not what was there before."""
         with self._lock:
-            self._held.pop(name, None)
-            with contextlib.suppress(ValueError):
+            try:
                 self._held[name] = held
+            except ValueError:
+                self._held.pop(name, None)
 
     def update(self, name: str, entry: CacheEntry) -> None:
         """Replace what is known of bytes that are held; do nothing if they are not, or are others by now."""

@@ -28,7 +28,7 @@ from ..errors import CacheError
 from ..values import RangeRequest, Validator
 from .blobs import BlobStore
 from .files import contents, scan, translated
-from .freshness import Freshness, answer_in, is_same_entity, kept, refreshed
+from .freshness import Freshness, answer_in, is_same_entity, is_storable, kept, refreshed
 
 __all__ = ["CacheEntry", "EntryFiles", "Held", "Usage", "dispensability"]
 
@@ -84,6 +84,10 @@ class CacheEntry:
         received = self.cached_at if self.received_at is None else self.received_at
         return Freshness(self.headers, received if self.requested_at is None else self.requested_at, received)
 
+    @property
+    def is_storable(self) -> bool:
+        return is_storable(self.headers)
+
     def eviction_score(self, now: float) -> float:
         """How dispensable it is: seconds without use over the number of uses. The highest goes first."""
         return dispensability(now, self.last_accessed, self.access_count)
@@ -94,6 +98,19 @@ class CacheEntry:
         requested = received if self.requested_at is None else self.requested_at
         times = {"cached_at": now, "last_accessed": now, "received_at": received, "requested_at": requested}
         return _made({**self.__dict__, **times})
+
+    def of(
+        self, fragment_id: str, size: int, byte_range: RangeRequest | None, digest: str | None, asked_at: float | None
+    ) -> CacheEntry:
+        """An entry for another part of the object, which came with the same answer."""
+        own = {
+            "fragment_id": fragment_id,
+            "size": size,
+            "byte_range": byte_range,
+            "digest": digest,
+            "requested_at": asked_at,
+        }
+        return _made({**self.__dict__, **own})
 
     def used(self, count: int, last: float) -> CacheEntry:
         """This entry after ``count`` more uses, the last of them at ``last``."""
@@ -157,8 +174,9 @@ class Usage:
             self._evictions += count
 
     def forget(self, name: str) -> None:
-        with self._lock:
-            self._uses.pop(name, None)
+        if name in self._uses:
+            with self._lock:
+                self._uses.pop(name, None)
 
     def applied(self, name: str, entry: CacheEntry) -> CacheEntry:
         """The entry with its latest uses."""

@@ -161,8 +161,7 @@ class Freshness:
 
     @property
     def is_storable(self) -> bool:
-        """Whether the answer may be kept: no ``no-store``, and no ``Vary: *``, which matches no request to come."""
-        return "no-store" not in self.control and "*" not in self.varies_on
+        return is_storable(self.headers)
 
     @property
     def is_immutable(self) -> bool:
@@ -252,6 +251,12 @@ def kept(headers: Headers) -> Headers:
         return _Kept(headers)
     lower = ((name.lower(), value) for name, value in headers.items())
     return _Kept((name, value) for name, value in lower if name in KEPT_HEADERS)
+
+
+def is_storable(headers: Headers) -> bool:
+    """Whether an answer may be kept: no ``no-store``, and no ``Vary: *``, which matches no request to come."""
+    control, vary = headers.get("cache-control"), headers.get("vary")
+    return not (control and "no-store" in CacheControl.parse(control)) and not (vary and "*" in _names(vary))
 
 
 def refreshed(old: Headers, new: Headers) -> dict[str, str]:

@@ -33,6 +33,13 @@ class MemoryPart:
         self._growing = bytearray() if size is None else None
         self._stop = size
 
+    def part(self, start: int, stop: int) -> MemoryPart:
+        """Another fragment's part, which is bytes ``start`` up to ``stop`` of this one; each view keeps all of it."""
+        assert self._fixed is not None
+        part = object.__new__(MemoryPart)
+        part._fixed, part._growing, part._stop = memoryview(self._fixed)[start:stop], None, stop - start
+        return part
+
     def write(self, offset: int, data: memoryview | bytes) -> None:
         """Put ``data`` at ``offset``. Raises ValueError beyond a known size."""
         stop = offset + len(data)
@@ -54,7 +61,8 @@ class MemoryPart:
     def view(self) -> memoryview:
         """All bytes, read-only, without a copy."""
         whole = self._fixed if self._fixed is not None else self._growing or b""
-        return memoryview(whole).toreadonly()[: self._stop]
+        data = memoryview(whole).toreadonly()
+        return data if len(data) == self._stop else data[: self._stop]
 
     def truncate(self, size: int) -> None:
         """Cut it to ``size`` bytes: a second go may have been shorter than the first."""

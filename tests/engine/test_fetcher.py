@@ -32,8 +32,9 @@ from wire import HOLD, RESET, Request, Wire, answer, black_hole, chunked, closed
 from holotensor_net.config import CacheConfig, CdnEndpoint, NetworkConfig, RetryConfig
 from holotensor_net.engine.fetcher import Fetcher
 from holotensor_net.engine.loader import NetworkLoader
+from holotensor_net.engine.loads import Books, Share
 from holotensor_net.engine.request_cache import Destination, RequestCache
-from holotensor_net.engine.scheduler import Scheduler
+from holotensor_net.engine.scheduler import Part, Scheduler
 from holotensor_net.errors import (
     CacheError,
     Cancelled,
@@ -446,6 +447,32 @@ def test_cancelling_one_of_several_joined_neighbours_leaves_the_others_alone(ben
     assert isinstance(b.result(NEVER).error, Cancelled)
     assert got(blocker)
     assert it.is_quiet()
+
+
+def test_neighbours_that_came_together_share_memory(bench: Callable[..., Bench]) -> None:
+    it = bench(max_concurrent=1)
+    it.submit(LoadRequest("blocker", "blocker"))
+    blocking = it.call()
+    starts = (0, 100, 200)
+    futures = [it.submit(LoadRequest(str(s), "file", byte_range=RangeRequest(s, s + 100))) for s in starts]
+    blocking.answer(OLD[:1])
+    it.call().answer(OLD)
+    views = [future.result(NEVER).data for future in futures]
+    assert views == [OLD[start : start + 100] for start in starts]
+    assert len({id(view.obj) for view in views}) == 1
+
+
+@pytest.mark.parametrize(("apart", "is_shared"), [(0, True), (40, True), (60, False)])
+def test_memory_is_not_shared_where_much_of_it_would_be_for_what_lies_between(
+    bench: Callable[..., Bench], apart: int, is_shared: bool
+) -> None:
+    assembly = bench().fetcher._assembly
+    spans = [RangeRequest(start, start + 100) for start in range(0, 3 * (100 + apart), 100 + apart)]
+    requests = [LoadRequest(str(span.start), "file", byte_range=span) for span in spans]
+    loads = [Books().open(request, None, 0.0, whole=False) for request in requests]
+    parts = [Part(load.fragment, load.request.byte_range, None) for load in loads]  # type: ignore[arg-type]
+    shares = [Share(load, load.attempt, part) for load, part in zip(loads, parts, strict=True)]
+    assert (assembly._common(shares, spans) is not None) is is_shared
 
 
 def test_the_neighbours_of_one_that_cannot_be_had_arrive(bench: Callable[..., Bench]) -> None:

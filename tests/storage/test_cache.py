@@ -324,6 +324,38 @@ class TestMemoryTier:
         cache.put("a", b"")
         assert "a" not in cache
 
+    def test_a_buffer_counts_as_long_as_a_part_of_it_is_held(self) -> None:
+        tier = room._MemoryTier(1000)
+        buffers = [bytearray(100) for _ in range(12)]
+        views = {
+            f"{number}-{part}": memoryview(buffers[number])[10 * part :][:10]
+            for number in (*range(12),)
+            for part in (0, 1)
+        }
+        for name, view in views.items():
+            tier.put(name, Held(CacheEntry(name, 10), view))
+        assert tier.names() == {name for name in views if int(name.partition("-")[0]) >= 2}
+        assert tier.evictions == 4
+        tier.drop("2-0")
+        tier.put("new", Held(CacheEntry("new", 10), memoryview(bytes(10))))
+        assert "2-1" not in tier.names()
+        assert {"3-0", "new"} <= tier.names()
+        for name in tier.names():
+            tier.drop(name)
+        assert (tier._held._bytes, tier._held._buffers) == (0, {})
+
+    def test_of_a_large_buffer_a_part_is_copied(self) -> None:
+        tier = room._MemoryTier(1000)
+        buffer = bytearray(range(200))
+        tier.put("a", Held(CacheEntry("a", 10), memoryview(buffer)[5:15]))
+        tier.put("b", Held(CacheEntry("b", 200), memoryview(buffer)))
+        held, whole = tier.get("a"), tier.get("b")
+        assert held is not None
+        assert whole is not None
+        assert held.view == bytes(range(5, 15))
+        assert held.view.obj is not buffer
+        assert whole.view.obj is buffer
+
     def test_late_news_of_other_bytes_is_not_attached_to_these(self) -> None:
         tier = room._MemoryTier(100)
         tier.put("a", Held(CacheEntry("a", 3, digest="new"), memoryview(b"new")))
@@ -354,7 +386,7 @@ class TestMemoryTier:
                 assert tier._lock.locked()
                 return super().__iter__()
 
-        tier._held = Watched(50, getsizeof=lambda held: held.view.nbytes)
+        tier._held = Watched(50)
         entry = CacheEntry("a", 1)
         tier.put("a", Held(entry, memoryview(b"a")))
         assert tier.get("a") is not None

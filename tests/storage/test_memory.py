@@ -38,6 +38,22 @@ def test_pieces_in_any_order_make_the_whole(case: tuple[bytes, list[tuple[int, i
     assert part.view() == data
 
 
+@pytest.mark.parametrize("size", [100, MIB])
+def test_parts_of_a_part_are_its_memory(size: int) -> None:
+    whole = MemoryPart(size, spare=4 * MIB)
+    parts = [whole.part(start, start + 10) for start in range(0, 100, 10)]
+    for number, part in enumerate(parts):
+        part.write(0, bytes([number]) * 10)
+        with pytest.raises(ValueError, match="beyond the end"):
+            part.write(1, bytes(10))
+    assert whole.view()[:100] == bytes(number // 10 for number in range(100))
+    views = [part.view() for part in parts]
+    whole.discard()
+    del whole, parts
+    assert b"".join(views) == bytes(number // 10 for number in range(100))
+    assert all(view.readonly for view in views)
+
+
 @given(st.lists(st.binary(max_size=50)))
 def test_without_a_size_it_grows(blocks: list[bytes]) -> None:
     part = MemoryPart(None)
