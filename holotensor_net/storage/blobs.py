@@ -39,6 +39,7 @@ from .files import (
     opened,
     private_name,
     read_all,
+    regular,
     scan,
     subject_of,
     token_of,
@@ -96,6 +97,7 @@ class BlobStore:
     ) -> None:
         self.root = Path(root)
         self._blobs = str(self.root / "blobs")
+        self._reading = translated("read", self.root)
         self._clock = clock
         self._verify_first = verify_first
         self._on_left = on_left
@@ -120,14 +122,17 @@ class BlobStore:
 
     def _open(self, digest: str, size: int, trusted: set[int | None]) -> memoryview | None:
         path = self._place(digest)
-        with translated("read", self.root):
+        with self._reading:
             try:
-                with opened(path) as (fd, status):
+                fd, status = regular(path)
+                try:
                     if status.st_size == size:
                         view = self._view(fd, size)
                         if status.st_mtime_ns in trusted or digest_of(view) == digest:
                             self._stamps[digest] = status.st_mtime_ns
                             return view
+                finally:
+                    os.close(fd)
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except OSError as error:

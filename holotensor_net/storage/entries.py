@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -209,6 +210,7 @@ class EntryFiles:
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
         self._folder = str(blobs.root / "entries")
+        self._reading = translated("read an entry", blobs.root)
 
     def path_of(self, name: str) -> str:
         return f"{self._folder}/{name[:2]}/{name}.json"
@@ -224,8 +226,8 @@ class EntryFiles:
             return {match[1] for name in files if (match := _NAME.fullmatch(name))}
 
     def read(self, name: str) -> CacheEntry | None:
-        path = self.path_of(name)
-        with translated("read an entry", self._blobs.root):
+        path = f"{self._folder}/{name[:2]}/{name}.json"
+        with self._reading:
             try:
                 text, status = contents(path, _MOST_ENTRY_BYTES)
                 return _unpacked(text, status.st_mtime)
@@ -297,10 +299,16 @@ _values = operator.itemgetter(*_PLAIN_FIELDS)
 _decoded = json.JSONDecoder().raw_decode
 
 
+@functools.lru_cache(64)
+def _may_be(types: tuple[type, ...]) -> bool:
+    """Whether the plain fields, in their order, may be of these types: there are but few combinations of them."""
+    return all(map(operator.contains, _PLAIN_FIELDS.values(), types))
+
+
 def _is_sound(plain: Mapping[str, Any]) -> bool:
     """Whether the plain fields of an entry, in their order, can be what they say."""
     return (
-        all(map(operator.contains, _PLAIN_FIELDS.values(), map(type, plain.values())))
+        _may_be(tuple(map(type, plain.values())))
         and 0 <= plain["cached_at"] < math.inf
         and min(plain["size"], plain["object_size"] or 0, plain["stamp"] or 0) >= 0
         and _DIGEST.fullmatch(plain["digest"]) is not None

@@ -36,6 +36,7 @@ __all__ = [
     "opened",
     "private_name",
     "read_all",
+    "regular",
     "scan",
     "subject_of",
     "token_of",
@@ -73,23 +74,27 @@ def opened(path: Path | str) -> Iterator[tuple[int, os.stat_result]]:
 
     Raises OSError: ELOOP for what is no regular file.
     """
-    fd = os.open(path, _READ)
+    fd, status = regular(path)
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.ELOOP, "not a regular file", str(path))
         yield fd, status
     finally:
         os.close(fd)
 
 
+def regular(path: Path | str) -> tuple[int, os.stat_result]:
+    """:func:`opened` for what is done so often that a context costs; the descriptor is the caller's to close."""
+    fd = os.open(path, _READ)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise OSError(errno.ELOOP, "not a regular file", str(path))
+    return fd, status
+
+
 def contents(path: str, most: int) -> tuple[bytes, os.stat_result]:
     """The bytes of a regular file, ``most`` at most, and its status. Raises OSError as :func:`opened` does."""
-    fd = os.open(path, _READ)
+    fd, status = regular(path)
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.ELOOP, "not a regular file", path)
         return read_all(fd, min(status.st_size, most)), status
     finally:
         os.close(fd)
@@ -131,7 +136,10 @@ class Descriptor:
 
 
 class translated:
-    """A context in which OSErrors become CacheErrors that say what to do. No generator: every read passes through."""
+    """A context in which OSErrors become CacheErrors that say what to do; it may be entered again and again.
+
+    No generator: every read passes through.
+    """
 
     __slots__ = ("_doing", "_root")
 
