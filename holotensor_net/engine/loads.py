@@ -72,13 +72,15 @@ def _nothing() -> None:
 
 @dataclass(slots=True, eq=False)
 class Turn:
-    """Where a load stands among processes that want the same, which is told by the cache's ``name`` for it.
+    """Where a load stands among processes that want the same, which is told by the cache's ``name`` for it, and by its
+    ``claim``.
 
     ``has_come``: it is this process's to bring, ``is_claimed``: others know. ``is_waiting``: another brings it;
     ``since`` is the wall clock's time when that was first seen, ``began`` the other clock's; ``is_late``: it is waited
     for no longer; ``pause`` are the seconds to the next look."""
 
     name: str
+    claim: tuple[str, int, int]
     has_come: bool = False
     is_claimed: bool = False
     is_waiting: bool = False

@@ -136,6 +136,13 @@ class RequestCache:
         """What processes that share a cache call the answer to a request: 64 hex digits."""
         return name_of(self.key(request, 0))
 
+    def claim(self, request: LoadRequest) -> tuple[str, int, int]:
+        """What of which name they claim: the bytes of the object, so that neighbours are next to each other."""
+        wanted = request.byte_range
+        if wanted is None:
+            return self.name(request), 0, 1
+        return name_of(f"object\n{self._object(request.path, 0)}"), wanted.start, wanted.stop
+
     def has_appeared(self, name: str) -> bool:
         """Whether an answer of that name may be in the cache."""
         return self._cache.has_appeared(name)

@@ -74,24 +74,23 @@ class Turns:
         turn = load.turn
         if self._claims is None or (turn is not None and turn.has_come):
             return Move.BEGIN
-        name = self._cache.name(load.request) if turn is None else turn.name
-        is_late = turn is not None and turn.is_late
-        is_taken = not is_late and self._claims.take(name)
+        made = turn or Turn(self._cache.name(load.request), self._cache.claim(load.request))
+        is_taken = not made.is_late and self._claims.take(*made.claim)
         with self._lock:
-            turn = load.turn = load.turn or Turn(name)
+            turn = load.turn = load.turn or made
             if turn.has_come and not load.done:  # another worker was faster
                 return Move.BEGIN
             is_stray = is_taken and (load.done or turn.is_waiting)
             if not load.done and not turn.is_waiting:
                 turn.is_claimed = is_taken
-                turn.has_come = is_taken or is_late
+                turn.has_come = is_taken or turn.is_late
                 if not turn.has_come:
                     self._wait(load, turn)
         if is_stray:
-            self._claims.release(name)
+            self._claims.release(*turn.claim)
         if not turn.has_come:
             return Move.WAIT
-        is_news = turn.has_waited or (load.held is None and self._cache.has_appeared(name))
+        is_news = turn.has_waited or (load.held is None and self._cache.has_appeared(turn.name))
         return Move.LOOK if is_news else Move.BEGIN
 
     def _wait(self, load: Load, turn: Turn) -> None:
@@ -108,7 +107,7 @@ class Turns:
         if turn is None or self._claims is None or load.done or not turn.is_waiting:
             return None
         is_late = self._clock() >= turn.began + self._limits.of(load)
-        if not is_late and not self._claims.is_free(turn.name):
+        if not is_late and not self._claims.is_free(*turn.claim):
             turn.pause = min(_GROWTH * turn.pause, _LONGEST_PAUSE)
             return turn.pause
         with self._lock:
@@ -123,4 +122,4 @@ class Turns:
         turn = load.turn
         if turn is not None and turn.is_claimed and self._claims is not None:
             turn.is_claimed = False
-            self._claims.release(turn.name)
+            self._claims.release(*turn.claim)

@@ -106,10 +106,10 @@ class Scene:
         self.loader = NetworkLoader(self.config)
         self.other = Claims(cache / "claims")
 
-    def claim(self, request: LoadRequest) -> str:
-        name = self.loader._requests.name(request)
-        assert self.other.take(name)
-        return name
+    def claim(self, request: LoadRequest) -> tuple[str, int, int]:
+        claim = self.loader._requests.claim(request)
+        assert self.other.take(*claim)
+        return claim
 
     def enqueue(self, request: LoadRequest) -> Future[LoadResult]:
         """A future for what is in the hands of somebody else, once that has been seen."""
@@ -153,25 +153,25 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_what_another_is_at_is_waited_for_and_then_fetched(scene: Callable[..., Scene], data: bytes, way: str) -> None:
     here, request = scene(), WAYS[way]
-    name = here.claim(request)
+    claim = here.claim(request)
     future = here.enqueue(request)
     assert here.server.accesses() == []
-    here.other.release(name)
+    here.other.release(*claim)
     span = request.byte_range or RangeRequest(0, len(data))
     assert future.result(LIMIT).data == data[span.start : span.stop]
-    assert here.other.take(name)  # it was given up in the end
+    assert here.other.take(*claim)  # it was given up in the end
 
 
 @pytest.mark.parametrize("conf", [FRESH, ""], ids=["fresh", "stale at once"])
 def test_what_another_has_brought_is_taken_from_the_cache(scene: Callable[..., Scene], data: bytes, conf: str) -> None:
     here, request = scene(conf=conf), WAYS["whole"]
-    name = here.claim(request)
+    claim = here.claim(request)
     future = here.enqueue(request)
     other = NetworkLoader(here.config)
     other._requests.claims.close()  # type: ignore[union-attr]
     assert other.load(request).is_success
     other.close()
-    here.other.release(name)
+    here.other.release(*claim)
     result = future.result(LIMIT)
     assert result.data == data
     assert result.from_cache
@@ -181,10 +181,10 @@ def test_what_another_has_brought_is_taken_from_the_cache(scene: Callable[..., S
 def test_pieces_of_one_that_is_waited_for_stay_away(scene: Callable[..., Scene], data: bytes) -> None:
     here = scene(chunk_size=1 << 18, max_concurrent=8, monitor_bandwidth=False)
     request = LoadRequest("big", "big", expected_size=len(data), checksum=f"sha256:{sha256(data).hexdigest()}")
-    name = here.claim(request)
+    claim = here.claim(request)
     future = here.enqueue(request)
     assert here.loader.stats().requests == 0
-    here.other.release(name)
+    here.other.release(*claim)
     assert future.result(LIMIT).data == data
     assert here.loader.stats().bytes_fetched == len(data)
 
@@ -193,13 +193,13 @@ def test_neighbours_of_one_that_is_waited_for_come_at_once(scene: Callable[..., 
     here = scene()
     spans = [RangeRequest(1000 * number, 1000 * number + 1000) for number in range(9)]
     requests = [LoadRequest(f"r{span.start}", "big", byte_range=span) for span in spans]
-    name = here.claim(requests[4])
+    claim = here.claim(requests[4])
     futures = here.loader.enqueue_many(requests)
     for number, (span, future) in enumerate(zip(spans, futures, strict=True)):
         if number != 4:
             assert future.result(LIMIT).data == data[span.start : span.stop]
     assert not futures[4].done()
-    here.other.release(name)
+    here.other.release(*claim)
     assert futures[4].result(LIMIT).data == data[4000:5000]
 
 
@@ -252,12 +252,12 @@ def test_what_is_urgent_is_soon_fetched_though_another_is_at_it(
 
 def test_answer_that_may_not_be_stored_holds_nobody_up(scene: Callable[..., Scene]) -> None:
     here = scene(conf='add_header Cache-Control "no-store";', limit_rate=1 << 20)
-    name = here.loader._requests.name(WAYS["whole"])
+    claim = here.loader._requests.claim(WAYS["whole"])
     future = here.loader.enqueue(WAYS["whole"])
     end = time.monotonic() + LIMIT
     while not here.loader.stats().bytes_fetched:
         assert time.monotonic() < end
-    assert here.other.take(name)
+    assert here.other.take(*claim)
     assert not future.done()
     future.cancel()
 

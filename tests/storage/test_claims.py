@@ -52,6 +52,21 @@ def test_one_has_it_until_that_one_ends(path: Path, in_one_process: bool) -> Non
     assert mine.take(NAME)  # it is ours already
 
 
+def test_bytes_of_one_name_are_claimed_apart(path: Path) -> None:
+    one, other = Claims(path), Claims(path)
+    assert one.take(NAME, 10, 20)
+    assert other.take(NAME, 20, 30)
+    assert not other.take(NAME, 15, 16)
+    assert not one.take(NAME, 0, 1 << 70)
+    assert [one.is_free(NAME, *span) for span in ((0, 10), (19, 20), (19, 21), (30, 40))] == [True, True, False, True]
+    assert one.take(NAME, 0, 10)
+    one.release(NAME, 5, 15)
+    assert [other.take(NAME, *span) for span in ((5, 15), (0, 5), (15, 20))] == [True, False, False]
+    assert other.take(NAME, 40, 40)  # nothing is something, too
+    assert not one.take(NAME, 40, 41)
+    assert one.take(OTHER, 1 << 100, (1 << 100) + 5)
+
+
 def test_end_frees_all_of_one_and_nothing_of_another(path: Path) -> None:
     first, second, third = Claims(path), Claims(path), Claims(path)
     assert first.take(NAME)
