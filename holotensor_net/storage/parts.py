@@ -80,12 +80,24 @@ class PartFile:
     def write(self, offset: int, buffer: Buffer) -> None:
         """Put all of the buffer at ``offset``. Threads may write disjoint parts at once."""
         rest = flat(buffer)
-        if offset < 0 or (self._limit is not None and offset + len(rest) > self._limit):
-            raise CacheError(f"{len(rest)} bytes at {offset} do not fit into a part file of {self._limit} bytes")
+        self._check(offset, len(rest))
         with self._using(writing=True) as fd, translated(f"write {len(rest)} bytes", self._store.root):
             while rest:
                 written = os.pwrite(fd, rest, offset)
                 rest, offset = rest[written:], offset + written
+
+    def take(self, offset: int, pipe: int, size: int) -> None:
+        """Put ``size`` bytes that a pipe holds at ``offset``, without a copy of them on the way where the file system
+        can do that."""
+        self._check(offset, size)
+        with self._using(writing=True) as fd, translated(f"write {size} bytes", self._store.root):
+            while size:
+                moved = _moved(pipe, fd, size, offset)
+                size, offset = size - moved, offset + moved
+
+    def _check(self, offset: int, size: int) -> None:
+        if offset < 0 or (self._limit is not None and offset + size > self._limit):
+            raise CacheError(f"{size} bytes at {offset} do not fit into a part file of {self._limit} bytes")
 
     def view(self) -> memoryview:
         """A read-only view of what is there now; a later write may or may not show in it."""
@@ -232,6 +244,23 @@ def _abandon(fd: int, path: Path, owner: int) -> None:
         disown(path.name)
 
 
+def _moved(pipe: int, fd: int, most: int, offset: int) -> int:
+    """Move bytes from a pipe that holds ``most`` or more; gives how many that were."""
+    try:
+        moved = os.splice(pipe, fd, most, offset_dst=offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        rest = memoryview(os.read(pipe, most))  # a file system that cannot
+        moved = len(rest)
+        while rest:
+            written = os.pwrite(fd, rest, offset)
+            rest, offset = rest[written:], offset + written
+    if not moved:
+        raise OSError(errno.EIO, "the pipe holds less than was said")
+    return moved
+
+
 def _sync(fd: int) -> None:
     getattr(os, "fdatasync", os.fsync)(fd)
 
@@ -289,7 +318,7 @@ class _Prefix:
 
     def hash(self, fd: int) -> None:
         """Take in what there is now. Raises OSError."""
-        self._hasher = self._hasher or blake3_hasher()
+        self._hasher = self._hasher or blake3_hasher(is_threaded=False)
         stop = self._reach
         for block in blocks(fd, self.length, stop):
             self._hasher.update(block)
