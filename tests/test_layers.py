@@ -27,7 +27,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("transport/retry", "transport/guards", "transport/sockets"),
         *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter", "transport/pipes"),
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
-        *("storage/claims", "storage/news"),
+        *("storage/claims", "storage/news", "storage/prefix"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
         *("engine/alarms", "engine/hedging"),
         *("formats/strict_json", "formats/dtypes", "formats/tensors"),
@@ -62,7 +62,13 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("formats/bitplane",),
         ("formats/safetensors", "formats/gguf", "formats/holotensor", "formats/manifest"),
     ),
-    (("storage/files",), ("storage/journal", "storage/claims", "storage/news"), ("storage/parts",), ("storage/blobs",)),
+    (
+        ("storage/files",),
+        ("storage/journal", "storage/claims", "storage/news"),
+        ("storage/prefix",),
+        ("storage/parts", "storage/memory"),
+        ("storage/blobs",),
+    ),
     (("storage/entries", "storage/ledger"), ("storage/disk",), ("storage/cache",)),
     (("engine/streaming",), ("engine/loader",)),
     (

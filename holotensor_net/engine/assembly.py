@@ -104,7 +104,7 @@ class Assembly:
         if common is not None:
             return common.part(span)
         if load.in_memory:
-            return MemoryPart(size, spare=self._config.memory_budget)
+            return self._cache.memory(size, load.request)
         return self._cache.destination(size, head, load.request, attempt.endpoint or 0)
 
     def _place(
