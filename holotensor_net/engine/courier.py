@@ -213,10 +213,10 @@ class Courier:
             shares, race.first, silence=LONGEST_RETRY_AFTER if is_alone else _SHORTER_THAN_TO_MOVE
         )
 
-        def open_sink(head: HeadInfo, _: RangeRequest | None) -> Write:
+        def open_sink(head: HeadInfo, coming: RangeRequest | None) -> Write:
             race.headed = race.headed or self._clock()
             self._scheduler.lanes[endpoint].monitor.record_round_trip(race.headed - race.began)
-            return self._assembly.open(shares, head)
+            return self._assembly.open(shares, head, coming)
 
         self._start(race)
         try:
@@ -378,7 +378,7 @@ class Courier:
             versions = {share.load.version for share in race.shares} - {None, prize.ask.pinned}
         if versions and not all(is_sealed(share) for share in race.shares):
             raise ObjectChanged("the endpoints have different versions of the object")
-        write = self._assembly.open(race.shares, prize.answer.head)
+        write = self._assembly.open(race.shares, prize.answer.head, came)
         if came is not None:
             write(came.start, prize.place.view(came))
         return replace(prize.answer, requests=0)

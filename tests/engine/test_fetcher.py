@@ -1806,7 +1806,7 @@ def test_a_server_that_is_killed_and_started_again_costs_time_and_no_error(
     data = random.Random(5).randbytes(400_000)
     put(tmp_path / "file", data)
     with OriginProcess(tmp_path, behaviour=Behaviour(rate=400_000)) as server:
-        loader = load(server.url, timeout=20.0, chunk_size=50_000)
+        loader = load(server.url, timeout=20.0, chunk_size=10_000)
         future = loader.enqueue(LoadRequest("id", "file"))
         _until(lambda: loader.stats().bytes_fetched > 100_000)
         server.kill()
@@ -2215,3 +2215,32 @@ def test_an_endpoint_that_refuses_has_fewer_connections_and_the_next_one_its_own
     assert all(future.result(NEVER).is_success for future in futures)
     limits = [lane.limit for lane in loader.scheduler.lanes]
     assert limits[0] < 4 <= limits[1]
+
+
+def test_the_rest_is_asked_for_as_soon_as_the_version_is_known(bench: Callable[..., Bench]) -> None:
+    it = bench()
+    future = it.submit(LoadRequest("id", "file", byte_range=RangeRequest(0, len(OLD))))
+    first = it.call()
+    first.do(lambda: first._open(HeadInfo(len(OLD), V1), RangeRequest(*first.bounds)))
+    first.receive(1)
+    others = [it.call(), it.call()]
+    assert [(call.bounds, call.ask.pinned) for call in others] == [((n * CHUNK, (n + 1) * CHUNK), V1) for n in (1, 2)]
+    for call in [*others, first]:
+        call.answer(OLD)
+    assert got(future) == OLD
+    assert it.calls.empty()
+
+
+@pytest.mark.parametrize("version", [WEAK, Validator(None, None, False)], ids=["weak", "none"])
+def test_nothing_more_is_asked_for_while_nothing_proves_that_it_would_be_of_the_same_version(
+    bench: Callable[..., Bench], version: Validator
+) -> None:
+    it = bench()
+    future = it.submit(LoadRequest("id", "file", byte_range=RangeRequest(0, len(OLD))))
+    first = it.call()
+    first.answer(OLD, version)
+    again = it.call()
+    assert (first.bounds, again.bounds) == ((0, CHUNK), (0, len(OLD)))
+    again.answer(OLD, version)
+    assert got(future) == OLD
+    assert it.calls.empty()
