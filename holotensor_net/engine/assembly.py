@@ -54,8 +54,9 @@ class Assembly:
         self._turns = turns
         self._lock = lock
 
-    def open(self, shares: list[Share], head: HeadInfo) -> Write:
-        """Where an answer's bytes go: each load's share to its own place, what lies between to nowhere."""
+    def open(self, shares: list[Share], head: HeadInfo, coming: RangeRequest | None) -> Write:
+        """Where an answer's bytes go, of the range that it brings, if that is known: each load's share to its own
+        place, what lies between to nowhere. The rest of a load whose version is known now need not wait for them."""
         spans = [_span(share, head) for share in shares]
         made: list[Destination | None] = []
         places: list[tuple[RangeRequest, Destination]] = []
@@ -68,6 +69,8 @@ class Assembly:
                     place = self._place(share, span, head, new)
                     if place is not None:
                         places.append(place)
+                        if coming is not None and head.size is not None:
+                            self._plan_rest(share, coming.stop)
         finally:
             used = {id(destination) for _, destination in places}
             for new in made:
@@ -104,7 +107,7 @@ class Assembly:
         if common is not None:
             return common.part(span)
         if load.in_memory:
-            return MemoryPart(size, spare=self._config.memory_budget)
+            return self._cache.memory(size, load.request)
         return self._cache.destination(size, head, load.request, attempt.endpoint or 0)
 
     def _place(
@@ -152,11 +155,16 @@ class Assembly:
                 self._scheduler.extend(load.fragment, [attempt.wanted], whole=True)
                 return False
         attempt.missing -= part
-        planned = share.part.plan.stop
-        if attempt.missing and planned < attempt.wanted.stop:
-            rest = RangeRequest(planned, attempt.wanted.stop)
-            self._scheduler.extend(load.fragment, [rest], whole=False)
+        if attempt.missing:
+            self._plan_rest(share, share.part.plan.stop)
         return attempt.missing == 0
+
+    def _plan_rest(self, share: Share, begin: int) -> None:
+        """Have what was not planned yet be asked for, from ``begin`` on. With the lock held."""
+        load, attempt = share.load, share.attempt
+        begin = max(begin, share.part.plan.stop)
+        if attempt.wanted is not None and begin < attempt.wanted.stop and load.is_provable and not share.part.is_stale:
+            self._scheduler.extend(load.fragment, [RangeRequest(begin, attempt.wanted.stop)], whole=False)
 
     def _ends(self, load: Load, head: HeadInfo, came: RangeRequest) -> bool:
         """Whether a body ended where the object does, of which no answer, or not the first, had told how long it is.

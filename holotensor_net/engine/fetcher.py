@@ -132,6 +132,7 @@ class Fetcher:
                     futures.append(self._join(load, request, now, shared))
                     continue
                 load = self._books.open(request, held, now, whole=self._recovery.is_without_ranges)
+                load.fragment.lane = self._courier.next_for(load)
                 load.may_resume = is_begun and not load.whole
                 opened.append(load)
                 futures.append(self._wait_for(load, request, now, shared))
@@ -349,6 +350,9 @@ class Fetcher:
         try:
             if shares:
                 endpoint = self._courier.choose(shares)
+                if not self._courier.is_accepted(piece, endpoint):
+                    self._leave(shares)
+                    return
                 self._scheduler.give_way(piece)
                 endpoint, outcome = self._courier.transfer(piece, shares, endpoint)
         except NetworkError as error:
@@ -533,6 +537,8 @@ class Fetcher:
                 return  # another piece of it has failed before, and has been seen to
             # A passing one: the endpoint comes back; or another of joined ranges is to blame, so each is asked alone.
             again = self._recovery.again(load, error, endpoint, is_passing=is_passing, now=self._clock())
+            if again is not Again.NOTHING:
+                self._scheduler.send_to(self._courier.next_for(load), load.fragment)
             if again is Again.PIECE:
                 self._scheduler.extend(load.fragment, [share.part.byte_range])
             elif again is Again.ALL:

@@ -260,7 +260,12 @@ class RequestCache:
             else:
                 if part is not None:
                     return part
-        return MemoryPart(size, spare=self._spare)
+        return self.memory(size, request)
+
+    def memory(self, size: int | None, request: LoadRequest | None) -> MemoryPart:
+        """A place for a fragment in memory."""
+        is_proved = request is not None and _blake3_in(request.checksum) is not None
+        return MemoryPart(size, spare=self._spare, is_proved=is_proved)
 
     def has_part(self, request: LoadRequest) -> bool:
         """Whether there may be something to resume. That is looked for only if the request may be a long one."""
