@@ -212,6 +212,10 @@ class BlobStore:
             finally:
                 disown(path.name)
 
+    def spare(self) -> Path:
+        """A private file that is not there yet, in a folder that is. Raises OSError."""
+        return self._folder("partial") / private_name()
+
     def remove(self, digest: str) -> bool:
         """Whether the blob is gone now. Views of it stay valid."""
         self._stamps.pop(digest, None)

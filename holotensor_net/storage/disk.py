@@ -29,7 +29,8 @@ __all__ = ["DiskTier"]
 _ORPHANED_AFTER = 3600.0  # seconds without a write, for part files of other processes
 _RESUMABLE_FOR = 86400.0  # seconds since a part file that can be resumed was left
 _ENTRY_DUE_WITHIN = 60.0  # seconds from publishing a blob
-_MOST_NEWS, _LEAST_NEWS = 1 << 22, 1 << 18  # bytes that the news may have, for large caches and for small ones
+_MOST_NEWS, _LEAST_NEWS = 1 << 20, 1 << 16  # bytes that the news may have, for large caches and for small ones
+_TICK = 1e-5  # seconds by which a file's time may differ from what it was set to
 _MOST_RESERVE = 1 << 30  # bytes of the disk that are left free, where that is not set
 _RESERVED_SHARE = 20  # one in so many bytes of the disk, if that is less
 
@@ -46,8 +47,9 @@ class DiskTier:
         clock: Callable[[], float],
         evicted: Callable[[Iterable[str]], None],
     ) -> None:
-        self._news = News(root / "news", min(_MOST_NEWS, max(_LEAST_NEWS, config.max_size >> 5)))
         self.blobs = BlobStore(root, verify_first=config.verify_on_open, on_left=self._left)
+        news = min(_MOST_NEWS, max(_LEAST_NEWS, config.max_size >> 5))
+        self._news = News(root / "news", news, self.blobs.spare)
         self.entries = EntryFiles(self.blobs)
         self._root = root
         self._config = config
@@ -93,7 +95,7 @@ class DiskTier:
             blob = Item(Kind.BLOB, other=digest, number=entry.size)
             self._make_room(blob)
             held = self._publish(name, data, entry)
-            self._ledger.tell(blob, Item(Kind.ENTRY, name, digest, int(entry.last_accessed)))
+            self._ledger.announce(blob, Item(Kind.ENTRY, name, digest, int(entry.last_accessed * 1e9)))
             return held
 
     def rewrite(self, name: str, entry: CacheEntry) -> None:
@@ -186,14 +188,16 @@ class DiskTier:
     def close(self) -> None:
         """Let go of what is open."""
         self._news.close()
+        self._ledger.close()
 
     def _make_room(self, blob: Item) -> None:
-        """Tell what is about to be there, and let others go for it."""
+        """Let others go for what is about to be there, and tell of it before, unless there is room enough for many."""
         most = self._config.max_size
-        self._ledger.tell(blob)
-        if self.size() > most:
-            # A little more than needed, so that not every fragment to come sweeps again.
-            self.shrink(most - most // 16, only_above=most, anew=False)
+        low = most - most // 16  # a little more goes than has to, so that not every fragment to come sweeps again
+        if self.size() + blob.number > low:
+            self._ledger.announce(blob)
+            if self.size() > most:
+                self.shrink(low, only_above=most, anew=False)
 
     def _keep_free(self, size: int) -> None:
         """Let others go if ``size`` more bytes would leave less of the disk free than is to be. Raises InsufficientDisk
@@ -281,14 +285,17 @@ class DiskTier:
                 self._ledger.tell(Item(Kind.NO_ENTRY, name))
                 yield name, 0 if self._ledger.is_named(digest) else self._delete(digest)
 
-    def _named(self) -> dict[str, Named]:
-        """What all entries name."""
-        entries = ((name, self.entries.read(name)) for name in self.entries.names())
-        return {
-            name: Named(_digest_in(entry), entry.last_accessed, entry.access_count)
-            for name, entry in entries
-            if entry is not None
-        }
+    def _named(self, known: Mapping[str, Named]) -> dict[str, Named]:
+        """What all entries name. Of those that are ``known``, a file is read only if its time has changed."""
+        found: dict[str, Named] = {}
+        for name, last in self.entries.times():
+            named = known.get(name)
+            if named is None or abs(named.last - last) > _TICK:
+                told = self.entries.glance(name)
+                named = None if told is None else Named(*told)
+            if named is not None:
+                found[name] = named
+        return found
 
     def _sweep_orphans(self, limit: float = math.inf) -> int:
         """Delete blobs without an entry, unless another process may be about to write it, and there are no more than

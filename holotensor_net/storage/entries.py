@@ -20,7 +20,7 @@ import operator
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"([0-9a-f]{64})\.json")
 
 _USES = re.compile(rb'\{"uses": "([0-9]{10})", "check": "([0-9a-f]{16})", ')
+_NAMED = re.compile(rb'"digest": "([0-9a-f]{64})"')  # no text that is quoted within the JSON looks so
 _USES_AT = len('{"uses": "')
 _MOST_USES = 10**10 - 1
 _NOTING = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -141,7 +142,7 @@ def dispensability(now: float, last: float, uses: int) -> float:
 def _made(fields: dict[str, Any]) -> CacheEntry:
     """An entry of fields that are known to be sound, which takes a fifth of the time that its constructor does."""
     entry = object.__new__(CacheEntry)
-    object.__setattr__(entry, "__dict__", fields)
+    entry.__dict__.update(fields)
     return entry
 
 
@@ -224,6 +225,32 @@ class EntryFiles:
         with translated("look for entries", self._blobs.root):
             files = (item.name for folder in scan(self._folder) for item in scan(folder.path))
             return {match[1] for name in files if (match := _NAME.fullmatch(name))}
+
+    def times(self) -> Iterator[tuple[str, float]]:
+        """The name of every entry, and when it was last used."""
+        with translated("look for entries", self._blobs.root):
+            for folder in scan(self._folder):
+                for item in scan(folder.path):
+                    match = _NAME.fullmatch(item.name)
+                    if match:
+                        with contextlib.suppress(FileNotFoundError):
+                            yield match[1], item.stat(follow_symlinks=False).st_mtime
+
+    def glance(self, name: str) -> tuple[str, float, int] | None:
+        """The digest that an entry names, when it was last used, and how often: less work than :meth:`read`."""
+        with self._reading:
+            try:
+                text, status = contents(self.path_of(name), _MOST_ENTRY_BYTES)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                return None
+        head, digest = _USES.match(text), _NAMED.search(text)
+        if head is None or digest is None or head[2] != _check(memoryview(text)[head.end() :]):
+            return None
+        return digest[1].decode(), status.st_mtime, int(head[1])
 
     def read(self, name: str) -> CacheEntry | None:
         path = f"{self._folder}/{name[:2]}/{name}.json"

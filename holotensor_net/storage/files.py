@@ -132,6 +132,12 @@ class Descriptor:
             fd, self._fd = self._fd, -1
             os.close(fd)
 
+    def __enter__(self) -> Descriptor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     __del__ = close
 
 

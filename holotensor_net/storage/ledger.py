@@ -32,7 +32,7 @@ class Ledger:
     each process tells the others what it is about to add, once more when that is there, as somebody may have looked
     meanwhile, and what it has deleted: so they know of too many bytes rather than of too few. All that is only an aid:
     what was missed shows when the folder is looked at again, and a process that believes too long in what is gone
-    deletes what will be fetched again. Blobs that are
+    deletes what will be fetched again. ``entries`` is given what was known of them before. Blobs that are
     pinned are being adopted here; loose ones have lost an entry. The lock guards the collections.
     """
 
@@ -41,7 +41,7 @@ class Ledger:
         news: News,
         blobs: Callable[[], Iterable[tuple[str, int]]],
         parts: Callable[[], Mapping[str, Left]],
-        entries: Callable[[], Mapping[str, Named]],
+        entries: Callable[[Mapping[str, Named]], Mapping[str, Named]],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -97,15 +97,20 @@ class Ledger:
                     for item in items:
                         self._apply(item)
                     self._place = end
+                    return True
         return True
 
     def tell(self, *items: Item) -> None:
         """Let everybody know, and take in what others have told."""
+        self.announce(*items)
+        self.is_counted()
+
+    def announce(self, *items: Item) -> None:
+        """Let everybody know; this process will hear of it when it next asks."""
         if not self._news.tell(items):
             with self._lock:
                 for item in items:
                     self._apply(item)
-        self.is_counted()
 
     def miss(self, name: str) -> None:
         """There is no such entry, be it that somebody is about to tell that it went, or was killed before."""
@@ -164,11 +169,16 @@ class Ledger:
         with self._lock:
             return list(self._parts.items())
 
+    def close(self) -> None:
+        """Let go of the news; who goes on looks at the folder again."""
+        with self._lock:
+            self._place, self._has_missed = Place(), True
+
     def _look_at(self, *, with_entries: bool) -> None:
         look_for_blobs, look_for_parts, look_for_entries = self._look
         began, place = self._clock(), self._news.end()
         blobs, parts = dict(look_for_blobs()), dict(look_for_parts())
-        entries = dict(look_for_entries()) if with_entries else None
+        entries = dict(look_for_entries(self._entries or {})) if with_entries else None
         with self._lock:
             blobs.update(self._coming)
             self._blobs, self._parts, self._entries = blobs, parts, entries
@@ -195,14 +205,14 @@ class Ledger:
             self._size += item.number
         elif item.kind is Kind.NO_PART:
             self._strike_part(other[:32])
-        elif self._entries is not None:
+        elif self._entries is not None and item.kind in (Kind.ENTRY, Kind.NO_ENTRY):
             before = self._entries.pop(item.name, None)
             if before is not None:
                 self._named[before.digest] -= 1
                 if not self._named[before.digest]:
                     del self._named[before.digest]
             if item.kind is Kind.ENTRY:
-                self._entries[item.name] = Named(other, float(item.number))
+                self._entries[item.name] = Named(other, item.number / 1e9)
                 self._named[other] += 1
 
     def _strike_part(self, token: str) -> None:

@@ -12,11 +12,11 @@ import stat
 import struct
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .files import Descriptor
+from .files import CREATING, Descriptor, disown
 
 __all__ = ["Item", "Kind", "News", "Place"]
 
@@ -32,10 +32,11 @@ class Kind(enum.IntEnum):
 
     BLOB = 1  # other: a digest; number: its size in bytes. It is there, or about to be.
     NO_BLOB = 2  # other: a digest
-    ENTRY = 3  # name: an entry's; other: the digest that it names; number: when it was last used, seconds
+    ENTRY = 3  # name: an entry's; other: the digest that it names; number: when it was last used, ns
     NO_ENTRY = 4  # name: an entry's
     PART = 5  # name: the subject of a part file that was left; other: its token; number: its size in bytes
     NO_PART = 6  # name and other, as above
+    FOLLOWS = 7  # number: the inode of the file that this one has taken the place of
 
 
 class Item(NamedTuple):
@@ -48,23 +49,25 @@ class Item(NamedTuple):
 
 
 class Place(NamedTuple):
-    """How far somebody has read: the file, counted as this process has met it, 0 for none, and the bytes in it."""
+    """How far somebody has read: which file, None if there was none, and how many bytes of it."""
 
-    file: int = 0
+    file: Descriptor | None = None
     offset: int = 0
 
 
 class News:
-    """The file at ``path``, which is made when something is first told, and begun anew once it has ``most`` bytes.
+    """The file at ``path``, which is made when something is first told; one that has ``most`` bytes is followed by a
+    new one, which says so. ``spare`` names a file for a moment, in the same folder or below.
 
     Never waits, never raises: a folder that cannot be written has no news. Thread-safe; the lock guards which file is
     open. Where appending is not atomic, on some network file systems, something may be lost.
     """
 
-    def __init__(self, path: Path, most: int) -> None:
+    def __init__(self, path: Path, most: int, spare: Callable[[], Path]) -> None:
         self._path = path
         self._most = most
-        self._open: tuple[int, Descriptor | None] = (0, None)
+        self._spare = spare
+        self._file: Descriptor | None = None
         self._lock = threading.Lock()
 
     def tell(self, items: Iterable[Item]) -> bool:
@@ -72,41 +75,48 @@ class News:
         data = b"".join(map(_packed, items))
         with contextlib.suppress(OSError):
             for _ in range(2):
-                _, file = self._opened(create=True)
+                file = self._file or self._opened(create=True)[0]
                 if os.write(file.fileno(), data) < len(data):
                     return False
-                if os.fstat(file.fileno()).st_nlink:  # else somebody has begun anew meanwhile
+                status = os.fstat(file.fileno())
+                if status.st_size - len(data) < self._most <= status.st_size or status.st_size > 2 * self._most:
+                    self._follow(status.st_ino)
                     return True
+                if status.st_nlink:
+                    return True
+                self._opened(create=True)  # another file has followed
         return False
 
     def end(self) -> Place:
         """Where what is told from now on will be."""
         with contextlib.suppress(OSError):
-            number, file = self._opened()
-            return Place(number, os.fstat(file.fileno()).st_size)
+            return Place(*self._opened())
         return Place()
 
     def since(self, place: Place) -> tuple[list[Item], Place] | None:
         """What was told after ``place``, and where that ends; None if something was missed."""
+        file = place.file
         try:
-            number, file = self._opened()
-            if place.file not in (0, number):
-                return None
-            size = os.fstat(file.fileno()).st_size
-            if size <= place.offset:
-                return [], Place(number, place.offset)
-            data = os.pread(file.fileno(), size - place.offset, place.offset)
+            latest, size = self._opened()
+            if file is latest and size == place.offset:
+                return [], place
+            if file is None or file is latest:
+                heard, offset = _read(latest, place.offset, size)
+                is_missed = file is None and heard[:1] != [] and heard[0].kind is Kind.FOLLOWS
+            else:
+                status = os.fstat(file.fileno())
+                heard, _ = _read(file, place.offset, status.st_size)
+                [follows, *more], offset = _read(latest, 0, size)
+                # As long as the file that was followed is open, no other has its number.
+                is_missed = follows.kind is not Kind.FOLLOWS or follows.number != status.st_ino
+                heard += more
         except FileNotFoundError:
-            return ([], place) if place == Place() else None
+            return ([], place) if file is None else None
         except OSError:
             return [], place
-        if size > self._most:
-            self.begin_anew()
-        try:
-            items = [_unpacked(data, start) for start in range(0, len(data) - _LENGTH + 1, _LENGTH)]
         except ValueError:
             return None
-        return items, Place(number, place.offset + len(items) * _LENGTH)
+        return None if is_missed else (heard, Place(latest, offset))
 
     def begin_anew(self) -> None:
         """Have everyone look for themselves."""
@@ -116,23 +126,47 @@ class News:
     def close(self) -> None:
         """Let go of the file."""
         with self._lock:
-            self._open = (self._open[0], None)
+            self._file = None
 
-    def _opened(self, *, create: bool = False) -> tuple[int, Descriptor]:
-        """The file that has the name now, and its number. Raises OSError."""
-        number, file = self._open
-        if file is not None and os.fstat(file.fileno()).st_nlink:
-            return number, file
+    def _opened(self, *, create: bool = False) -> tuple[Descriptor, int]:
+        """The file that has the name now, and its size in bytes. Raises OSError."""
+        before = self._file
+        if before is not None:
+            status = os.fstat(before.fileno())
+            if status.st_nlink:
+                return before, status.st_size
         if create:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = Descriptor(os.open(self._path, _FLAGS | (os.O_CREAT if create else 0), 0o600))
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError("not a regular file")
         with self._lock:  # of two that have opened it, one
-            if self._open[0] == number:
-                self._open = (number + 1, file)
-            number, opened = self._open
-        return number, opened or file
+            if self._file is before:
+                self._file = file
+            file = self._file or file
+        return file, os.fstat(file.fileno()).st_size
+
+    def _follow(self, number: int) -> None:
+        """Put another file in the place of the one with this inode number. Raises OSError."""
+        spare = self._spare()
+        try:
+            with Descriptor(os.open(spare, CREATING, 0o600)) as file:
+                os.write(file.fileno(), _packed(Item(Kind.FOLLOWS, number=number)))
+            os.replace(spare, self._path)
+        finally:
+            with contextlib.suppress(OSError):
+                spare.unlink()
+            disown(spare.name)
+
+
+def _read(file: Descriptor, offset: int, size: int) -> tuple[list[Item], int]:
+    """The items in a file of ``size`` bytes from ``offset`` on, and where they end.
+
+    Raises OSError, or ValueError for what is no item.
+    """
+    data = os.pread(file.fileno(), size - offset, offset) if size > offset else b""
+    items = [_unpacked(data, start) for start in range(0, len(data) - _LENGTH + 1, _LENGTH)]
+    return items, offset + len(items) * _LENGTH
 
 
 def _packed(item: Item) -> bytes:

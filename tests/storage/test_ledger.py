@@ -31,9 +31,9 @@ class Folder:
         yield from list(self.blobs.items())
         self.meanwhile()
 
-    def ledger(self, *, most: int = 1 << 20, clock: list[float] | None = None) -> Ledger:
-        now = clock or [0.0]
-        return Ledger(News(self.path / "news", most), self._blobs, dict, lambda: dict(self.named), clock=lambda: now[0])
+    def ledger(self, *, clock: list[float] | None = None) -> Ledger:
+        now, news = clock or [0.0], News(self.path / "news", 1 << 20, lambda: self.path / "spare")
+        return Ledger(news, self._blobs, dict, lambda _: dict(self.named), clock=lambda: now[0])
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def test_each_knows_what_the_other_does_and_looks_once(folder: Folder) -> None:
     one.refresh()
     other.count()
     assert (one.size, other.size, other.entries()) == (1, 1, [])
-    one.tell(blob(B, 20), Item(Kind.ENTRY, OTHER, B, 7), Item(Kind.PART, ENTRY, TOKEN, 300))
+    one.tell(blob(B, 20), Item(Kind.ENTRY, OTHER, B, 7_000_000_000), Item(Kind.PART, ENTRY, TOKEN, 300))
     other.tell(blob(C, 4000))
-    one.tell()
+    assert one.is_counted()
     assert one.size == other.size == 4321
     assert sorted(one.blobs()) == [A, B, C]
     assert dict(one.entries()) == {ENTRY: Named(A), OTHER: Named(B, 7.0)}
