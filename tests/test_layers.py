@@ -25,9 +25,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "values", "config"),
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
-        *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter"),
+        *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter", "transport/pipes"),
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
-        *("storage/claims", "storage/news"),
+        *("storage/claims", "storage/news", "storage/prefix"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
         *("engine/alarms", "engine/hedging"),
         *("formats/strict_json", "formats/dtypes", "formats/tensors"),
@@ -35,7 +35,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("stream_cache/keys", "stream_cache/functions", "stream_cache/frozen", "stream_cache/portable"),
     ),
     2: (
-        *("transport/client", "engine/scheduler"),
+        *("transport/client", "engine/lanes", "engine/scheduler"),
         *("storage/entries", "storage/ledger", "storage/disk", "storage/cache", "storage/results"),
     ),
     3: (
@@ -55,15 +55,22 @@ FLOORS: dict[int, tuple[str, ...]] = {
 STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("values", "config")),
     (("transport/guards", "transport/digests"), ("transport/transfer",)),
-    (("transport/sockets",), ("transport/adapter",)),
+    (("transport/pipes",), ("transport/sockets",), ("transport/adapter",)),
     (
         ("formats/strict_json", "formats/dtypes"),
         ("formats/tensors",),
         ("formats/bitplane",),
         ("formats/safetensors", "formats/gguf", "formats/holotensor", "formats/manifest"),
     ),
-    (("storage/files",), ("storage/journal", "storage/claims", "storage/news"), ("storage/parts",), ("storage/blobs",)),
+    (
+        ("storage/files",),
+        ("storage/journal", "storage/claims", "storage/news"),
+        ("storage/prefix",),
+        ("storage/parts", "storage/memory"),
+        ("storage/blobs",),
+    ),
     (("storage/entries", "storage/ledger"), ("storage/disk",), ("storage/cache",)),
+    (("engine/lanes",), ("engine/scheduler",)),
     (("engine/streaming",), ("engine/loader",)),
     (
         ("engine/request_cache",),

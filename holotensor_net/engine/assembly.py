@@ -15,8 +15,8 @@ from ..storage.memory import MemoryPart
 from ..transport.client import Answer, Write
 from ..transport.digests import check_digests
 from ..transport.guards import check_checksum
-from ..values import HeadInfo, LoadRequest, LoadSuccess, RangeRequest
-from .loads import Attempt, Load, Share
+from ..values import HeadInfo, LoadRequest, RangeRequest
+from .loads import Attempt, Load, Share, Whole
 from .recovery import Gone, is_failing
 from .request_cache import Destination, RequestCache, contradicts
 from .scheduler import Scheduler
@@ -54,8 +54,9 @@ class Assembly:
         self._turns = turns
         self._lock = lock
 
-    def open(self, shares: list[Share], head: HeadInfo) -> Write:
-        """Where an answer's bytes go: each load's share to its own place, what lies between to nowhere."""
+    def open(self, shares: list[Share], head: HeadInfo, coming: RangeRequest | None) -> Write:
+        """Where an answer's bytes go, of the range that it brings, if that is known: each load's share to its own
+        place, what lies between to nowhere. The rest of a load whose version is known now need not wait for them."""
         spans = [_span(share, head) for share in shares]
         made: list[Destination | None] = []
         places: list[tuple[RangeRequest, Destination]] = []
@@ -68,6 +69,8 @@ class Assembly:
                     place = self._place(share, span, head, new)
                     if place is not None:
                         places.append(place)
+                        if coming is not None and head.size is not None:
+                            self._plan_rest(share, coming.stop)
         finally:
             used = {id(destination) for _, destination in places}
             for new in made:
@@ -104,7 +107,7 @@ class Assembly:
         if common is not None:
             return common.part(span)
         if load.in_memory:
-            return MemoryPart(size, spare=self._config.memory_budget)
+            return self._cache.memory(size, load.request)
         return self._cache.destination(size, head, load.request, attempt.endpoint or 0)
 
     def _place(
@@ -152,11 +155,16 @@ class Assembly:
                 self._scheduler.extend(load.fragment, [attempt.wanted], whole=True)
                 return False
         attempt.missing -= part
-        planned = share.part.plan.stop
-        if attempt.missing and planned < attempt.wanted.stop:
-            rest = RangeRequest(planned, attempt.wanted.stop)
-            self._scheduler.extend(load.fragment, [rest], whole=False)
+        if attempt.missing:
+            self._plan_rest(share, share.part.plan.stop)
         return attempt.missing == 0
+
+    def _plan_rest(self, share: Share, begin: int) -> None:
+        """Have what was not planned yet be asked for, from ``begin`` on. With the lock held."""
+        load, attempt = share.load, share.attempt
+        begin = max(begin, share.part.plan.stop)
+        if attempt.wanted is not None and begin < attempt.wanted.stop and load.is_provable and not share.part.is_stale:
+            self._scheduler.extend(load.fragment, [RangeRequest(begin, attempt.wanted.stop)], whole=False)
 
     def _ends(self, load: Load, head: HeadInfo, came: RangeRequest) -> bool:
         """Whether a body ended where the object does, of which no answer, or not the first, had told how long it is.
@@ -171,14 +179,14 @@ class Assembly:
         attempt.wanted = RangeRequest(min(wanted.start, size), min(wanted.stop, size))
         return True
 
-    def confirmed(self, load: Load, answer: Answer) -> LoadSuccess:
+    def confirmed(self, load: Load, answer: Answer) -> Whole:
         assert load.held is not None
         data = self._cache.confirm(load.held, answer.head, load.request, asked_at=load.attempt.asked_at)
         if data is None:
             raise Gone("the cached bytes are gone")
-        return LoadSuccess(load.request.fragment_id, data, from_cache=True, head=self._cache.told(load.held))
+        return Whole(data, self._cache.told(load.held), from_cache=True)
 
-    def verified(self, share: Share, endpoint: int) -> LoadSuccess:
+    def verified(self, share: Share, endpoint: int) -> Whole:
         load, attempt = share.load, share.attempt
         request, head, wanted = load.request, attempt.head, attempt.wanted
         assert head is not None
@@ -203,15 +211,15 @@ class Assembly:
         if head.size is None and request.byte_range is None:
             head = replace(head, size=len(data))
         kept = self._cache.keep(request, endpoint, head, wanted, destination, asked_at=attempt.asked_at)
-        return LoadSuccess(request.fragment_id, kept, head=head)
+        return Whole(kept, head)
 
-    def stale(self, load: Load) -> LoadSuccess | None:
+    def stale(self, load: Load) -> Whole | None:
         """What the cache has of it, where its server fails and has allowed that."""
         held = load.held if any(map(is_failing, load.failures)) else None
         data = self._cache.stale(held, load.request) if held is not None else None
         if data is None or held is None:
             return None
-        return LoadSuccess(load.request.fragment_id, data, from_cache=True, head=held.head)
+        return Whole(data, held.head, from_cache=True)
 
     def restart(self, load: Load) -> None:
         """Begin a load anew. With the lock held; the piece that this is about has not left the attempt yet, and tidies

@@ -147,6 +147,23 @@ class Courier:
                 self._changed.wait(patience.remaining(choice.seconds))
                 patience.check()
 
+    def is_accepted(self, piece: Piece, endpoint: int) -> bool:
+        """Whether an endpoint that was chosen may be asked now; else the piece is queued for it, and done with."""
+        if self._scheduler.assign(piece, endpoint):
+            return True
+        with self._lock:
+            self._routes.released(endpoint)
+        return False
+
+    def next_for(self, load: Load) -> int:
+        """The endpoint that a load will be asked of, as things stand. With the lock held."""
+        if len(self._clients) == 1:
+            return 0
+        home, excluded = self._home(load), self._recovery.excluded(load)
+        order = self._routes.in_order(self._clock())
+        left = [endpoint for endpoint in order if endpoint not in excluded] or order
+        return home if home in left else left[0]
+
     def _alternative(self, shares: list[Share], endpoint: int) -> int | None:
         """Another endpoint that may be asked and is well, if there is one. With the lock held."""
         return self._routes.other(endpoint, self._excluded(shares), self._clock())
@@ -196,10 +213,10 @@ class Courier:
             shares, race.first, silence=LONGEST_RETRY_AFTER if is_alone else _SHORTER_THAN_TO_MOVE
         )
 
-        def open_sink(head: HeadInfo, _: RangeRequest | None) -> Write:
+        def open_sink(head: HeadInfo, coming: RangeRequest | None) -> Write:
             race.headed = race.headed or self._clock()
-            self._scheduler.monitor.record_round_trip(race.headed - race.began)
-            return self._assembly.open(shares, head)
+            self._scheduler.lanes[endpoint].monitor.record_round_trip(race.headed - race.began)
+            return self._assembly.open(shares, head, coming)
 
         self._start(race)
         try:
@@ -209,7 +226,7 @@ class Courier:
                 patience,
                 on_request=self._after_first(patience, race),
                 on_bytes=lambda size: self._pace(size, piece, patience, race),
-                on_retry=self._note_retry,
+                on_retry=lambda error: self._note_retry(error, endpoint),
                 interrupt=race.first,
                 window=partial(self._scheduler.window, piece),
                 stride=self._scheduler.stride,
@@ -322,7 +339,7 @@ class Courier:
                 patience,
                 on_request=lambda: patience.sleep(self._scheduler.charge()),
                 on_bytes=lambda size: patience.sleep(self._note_bytes(size, None, endpoint)),
-                on_retry=self._note_retry,
+                on_retry=lambda error: self._note_retry(error, endpoint),
                 interrupt=race.second,
                 stride=self._scheduler.stride,
             )
@@ -361,7 +378,7 @@ class Courier:
             versions = {share.load.version for share in race.shares} - {None, prize.ask.pinned}
         if versions and not all(is_sealed(share) for share in race.shares):
             raise ObjectChanged("the endpoints have different versions of the object")
-        write = self._assembly.open(race.shares, prize.answer.head)
+        write = self._assembly.open(race.shares, prize.answer.head, came)
         if came is not None:
             write(came.start, prize.place.view(came))
         return replace(prize.answer, requests=0)
@@ -407,7 +424,7 @@ class Courier:
 
     def _note_bytes(self, size: int, piece: Piece | None, endpoint: int) -> float:
         """Bytes have come; gives the seconds until more may be read."""
-        delay = self._scheduler.record(size, piece)
+        delay = self._scheduler.record(size, piece, lane=endpoint)
         self._heard(endpoint)
         self._on_bytes()
         return delay
@@ -430,7 +447,7 @@ class Courier:
             is_crowded = is_refusal(error) and self._is_serving(endpoint)
             self._changed.notify_all()
         if is_refusal(error):
-            self._scheduler.refused()
+            self._scheduler.refused(endpoint)
         if is_crowded:
             self._closing.wait(_CROWDED)
         return is_passing or is_crowded
@@ -453,11 +470,11 @@ class Courier:
             self._routes.answered(endpoint, now)
             self._changed.notify_all()
 
-    def _note_retry(self, error: NetworkError) -> None:
+    def _note_retry(self, error: NetworkError, endpoint: int) -> None:
         with self._lock:
             self.retries += 1
         if isinstance(error, RateLimited | Timeout):
-            self._scheduler.refused()
+            self._scheduler.refused(endpoint)
 
     def _is_serving(self, endpoint: int) -> bool:
         """Whether the endpoint is answering others: who is refused there was one too many, and is asked for again when

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess
 from .alarms import Alarms
 from .assembly import Assembly
 from .courier import Courier
-from .loads import Attempt, Books, Fragment, Load, Share, Waiter
+from .loads import Attempt, Books, Fragment, Load, Share, Waiter, Whole
 from .priority import PrioritizedFragment
 from .recovery import Again, Recovery, summary
 from .request_cache import Found, RequestCache, Resumed
@@ -89,7 +89,7 @@ class Fetcher:
             2 * config.max_concurrent, "holotensor-fetch", partial(setattr, self._here, "is_own", True)
         )
         # Weakly, here and below: a loader that nobody holds any more, and that has nothing to do, has to go at once.
-        known = weakref.ref(self)
+        self._known = known = weakref.ref(self)
         self._assembly = Assembly(config, scheduler, cache, self._turns, self._lock)
         self._courier = Courier(
             config,
@@ -132,6 +132,7 @@ class Fetcher:
                     futures.append(self._join(load, request, now, shared))
                     continue
                 load = self._books.open(request, held, now, whole=self._recovery.is_without_ranges)
+                load.fragment.lane = self._courier.next_for(load)
                 load.may_resume = is_begun and not load.whole
                 opened.append(load)
                 futures.append(self._wait_for(load, request, now, shared))
@@ -169,7 +170,7 @@ class Fetcher:
             return False
         with self._lock:
             self._confirmed_bytes += len(data)
-        self._resolve(load, LoadSuccess(load.request.fragment_id, data, from_cache=True, head=found.head))
+        self._resolve(load, Whole(data, found.head, from_cache=True))
         return True
 
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
@@ -232,7 +233,7 @@ class Fetcher:
         waiter = Waiter(load, request, now, until, is_shared=shared and request.deadline is None)
         self._books.enter(waiter)
         # Future and waiter would hold each other, and so the bytes, until garbage is collected.
-        waiter.future.add_done_callback(partial(_ended, weakref.ref(self), weakref.ref(waiter)))
+        waiter.future.on_cancel = partial(_cancelled, self._known, weakref.ref(waiter))
         if until is not None:
             waiter.alarm = self._alarms.at(until, waiter, self._overdue)
         return waiter.future
@@ -262,19 +263,18 @@ class Fetcher:
             ending()
         return True
 
-    def _resolve(self, load: Load, outcome: LoadSuccess | NetworkError) -> None:
+    def _resolve(self, load: Load, outcome: Whole | NetworkError) -> None:
         """End a load: everyone who waits for it is told."""
         self._resolve_all([(load, outcome)])
 
-    def _resolve_all(self, ended: Sequence[tuple[Load, LoadSuccess | NetworkError]]) -> None:
+    def _resolve_all(self, ended: Sequence[tuple[Load, Whole | NetworkError]]) -> None:
         with self._lock:
             closed = [(load, outcome, *self._books.close(load)) for load, outcome in ended if not load.done]
             idle = self._courier.idle_races() if closed else []
-        self._scheduler.settle_all(
-            [(load.fragment, isinstance(outcome, LoadSuccess)) for load, outcome, _, _ in closed]
-        )
+        self._scheduler.settle_all([(load.fragment, isinstance(outcome, Whole)) for load, outcome, _, _ in closed])
         for load, outcome, waiters, _ in closed:
-            self._turns.end(load)
+            if load.turn is not None:
+                self._turns.end(load)
             for waiter in waiters:
                 self._answer(waiter, outcome)
         for race in idle:
@@ -282,18 +282,20 @@ class Fetcher:
         for _, _, _, ending in closed:
             ending()
 
-    def _answer(self, waiter: Waiter, outcome: LoadSuccess | NetworkError) -> None:
+    def _answer(self, waiter: Waiter, outcome: Whole | NetworkError) -> None:
         """Tell one who waits. Whoever took it off the load's list calls this, and so nobody else."""
         if waiter.alarm is not None:
             self._alarms.cancel(waiter.alarm)
         duration = self._clock() - waiter.since
         name = waiter.fragment_id
-        if isinstance(outcome, LoadSuccess):
+        if isinstance(outcome, Whole):
             result: LoadResult = LoadSuccess(name, outcome.data, duration, outcome.from_cache, outcome.head)
         else:
             result = LoadFailure(name, outcome, duration)
-        if waiter.future.set_running_or_notify_cancel():
+        try:
             waiter.future.set_result(result)
+        except InvalidStateError:  # it was cancelled: who waits for several futures has to be told
+            waiter.future.set_running_or_notify_cancel()
 
     # -- workers
 
@@ -348,6 +350,9 @@ class Fetcher:
         try:
             if shares:
                 endpoint = self._courier.choose(shares)
+                if not self._courier.is_accepted(piece, endpoint):
+                    self._leave(shares)
+                    return
                 self._scheduler.give_way(piece)
                 endpoint, outcome = self._courier.transfer(piece, shares, endpoint)
         except NetworkError as error:
@@ -466,7 +471,7 @@ class Fetcher:
 
     def _deliver(self, complete: list[Share], answer: Answer, endpoint: int) -> None:
         """Verify and publish what is all there, and tell whoever waits."""
-        ended: list[tuple[Load, LoadSuccess]] = []
+        ended: list[tuple[Load, Whole]] = []
         try:
             for share in complete:
                 outcome = self._complete(share, answer, endpoint)
@@ -495,7 +500,7 @@ class Fetcher:
             with self._lock:
                 self._workers += 1
 
-    def _complete(self, share: Share, answer: Answer, endpoint: int) -> LoadSuccess | None:
+    def _complete(self, share: Share, answer: Answer, endpoint: int) -> Whole | None:
         """All pieces of a load are there: verify and publish it. None if that failed, and has been seen to."""
         load = share.load
         try:
@@ -532,6 +537,8 @@ class Fetcher:
                 return  # another piece of it has failed before, and has been seen to
             # A passing one: the endpoint comes back; or another of joined ranges is to blame, so each is asked alone.
             again = self._recovery.again(load, error, endpoint, is_passing=is_passing, now=self._clock())
+            if again is not Again.NOTHING:
+                self._scheduler.send_to(self._courier.next_for(load), load.fragment)
             if again is Again.PIECE:
                 self._scheduler.extend(load.fragment, [share.part.byte_range])
             elif again is Again.ALL:
@@ -562,10 +569,10 @@ def _queued_as(load: Load) -> tuple[PrioritizedFragment, bool, bool]:
     return load.fragment, load.held is not None or in_one, in_one
 
 
-def _ended(known: weakref.ref[Fetcher], waiting: weakref.ref[Waiter], future: Future[LoadResult]) -> None:
-    """A future has ended: if that is because it was cancelled, its load may have to be dropped."""
+def _cancelled(known: weakref.ref[Fetcher], waiting: weakref.ref[Waiter]) -> None:
+    """A future was cancelled: its load may have to be dropped."""
     fetcher, waiter = known(), waiting()
-    if fetcher is not None and waiter is not None and future.cancelled():
+    if fetcher is not None and waiter is not None:
         fetcher._dismiss(waiter, Cancelled("cancelled on request"))
 
 

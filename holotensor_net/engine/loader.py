@@ -72,8 +72,7 @@ class NetworkLoader:
     def _build(self) -> None:
         """Everything that has locks and threads; a child process builds its own."""
         self.cache = FragmentCache(self.config.cache, clock=self._wall)
-        ceiling = min(self.config.max_concurrent, sum(endpoint.max_connections for endpoint in self.config.endpoints))
-        self.scheduler = Scheduler(replace(self.config.scheduler, max_concurrent=ceiling))
+        self.scheduler = Scheduler(self.config)
         self._requests = RequestCache(
             self.cache,
             self.config.endpoints,

@@ -5,9 +5,11 @@ Nothing here waits, reads or writes; the owner's lock guards it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..errors import NetworkError
 from ..transport.digests import Digest
@@ -17,7 +19,7 @@ from .priority import PrioritizedFragment
 from .request_cache import Destination, Found
 from .scheduler import Part
 
-__all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Turn", "Waiter", "is_sealed"]
+__all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Turn", "Waiter", "Whole", "is_sealed"]
 
 
 _MOST_ENDED = 4096
@@ -101,6 +103,7 @@ class Load:
     fragment: Fragment
     held: Found | None
     whole: bool
+    identity: object
     waiters: list[Waiter] = field(default_factory=list)
     attempt: Attempt = field(default_factory=Attempt)
     tried: set[int] = field(default_factory=set)
@@ -127,6 +130,18 @@ class Load:
         return self.request.checksum is not None or self.version is not None
 
 
+class Promise(Future[LoadResult]):
+    """A future that tells of its being cancelled."""
+
+    on_cancel: Callable[[], object] | None = None
+
+    def cancel(self) -> bool:
+        is_cancelled = super().cancel()
+        if is_cancelled and self.on_cancel is not None:
+            self.on_cancel()
+        return is_cancelled
+
+
 @dataclass(eq=False)
 class Waiter:
     """A caller: which request it made, when, until when it waits, and the future that it holds. ``is_shared``: others
@@ -137,12 +152,20 @@ class Waiter:
     since: float
     until: float | None
     is_shared: bool
-    future: Future[LoadResult] = field(default_factory=Future)
+    future: Promise = field(default_factory=Promise)
     alarm: Alarm | None = None
 
     @property
     def fragment_id(self) -> str:
         return self.request.fragment_id
+
+
+class Whole(NamedTuple):
+    """What a load ends in when it ends well."""
+
+    data: memoryview
+    head: HeadInfo | None
+    from_cache: bool = False
 
 
 class Fragment(PrioritizedFragment):
@@ -152,7 +175,7 @@ class Fragment(PrioritizedFragment):
     load: Load
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Share:
     """What one piece does for one load."""
 
@@ -167,8 +190,8 @@ class Books:
 
     def __init__(self) -> None:
         self._loads: dict[object, Load] = {}
-        self._ended: dict[object, None] = {}
-        self._by_name: dict[str, dict[Load, None]] = {}
+        self._ended: OrderedDict[object, None] = OrderedDict()
+        self._by_name: dict[str, Load | dict[Load, None]] = {}  # a lone one stands for itself
 
     def __len__(self) -> int:
         return len(self._loads)
@@ -178,7 +201,8 @@ class Books:
 
     def named(self, name: str) -> list[Load]:
         """The loads of which somebody waits for a fragment of this name."""
-        return list(self._by_name.get(name, ()))
+        there = self._by_name.get(name, ())
+        return [there] if isinstance(there, Load) else list(there)
 
     def find(self, request: LoadRequest) -> Load | None:
         """The load that an equal request has begun."""
@@ -186,16 +210,21 @@ class Books:
 
     def open(self, request: LoadRequest, held: Found | None, now: float, *, whole: bool) -> Load:
         """A new load, that nobody waits for yet."""
-        fragment = Fragment(request, queued_at=now)
-        fragment.load = load = Load(request, fragment, held, whole)
-        load.is_repeated = _identity(request) in self._ended
-        self._loads[_identity(request)] = load
+        fragment, identity = Fragment(request, queued_at=now), _identity(request)
+        fragment.load = load = Load(request, fragment, held, whole, identity)
+        load.is_repeated = identity in self._ended
+        self._loads[identity] = load
         return load
 
     def enter(self, waiter: Waiter) -> None:
         """One more waits for a load."""
-        waiter.load.waiters.append(waiter)
-        self._by_name.setdefault(waiter.fragment_id, {})[waiter.load] = None
+        load, name = waiter.load, waiter.request.fragment_id
+        load.waiters.append(waiter)
+        there = self._by_name.setdefault(name, load)
+        if isinstance(there, dict):
+            there[load] = None
+        elif there is not load:
+            self._by_name[name] = {there: None, load: None}
 
     def leave(self, waiter: Waiter) -> bool:
         """One waits no longer; False if it was told already."""
@@ -209,11 +238,10 @@ class Books:
         """Strike a load out; gives those who are to be told, and what is then to be called without the lock."""
         load.done = True
         ending = load.attempt.abandon(keep=True)
-        identity = _identity(load.request)
-        del self._loads[identity]
-        self._ended[identity] = None
+        del self._loads[load.identity]
+        self._ended[load.identity] = None
         if len(self._ended) > _MOST_ENDED:
-            del self._ended[next(iter(self._ended))]
+            self._ended.popitem(last=False)
         waiters, load.waiters = load.waiters, []
         for waiter in waiters:
             self._forget_name(load, waiter.fragment_id)
@@ -221,18 +249,22 @@ class Books:
 
     def _forget_name(self, load: Load, name: str) -> None:
         """Let a load go by this name no longer, unless somebody else calls it so."""
-        loads = self._by_name.get(name, {})
-        if load in loads and not any(waiter.fragment_id == name for waiter in load.waiters):
-            del loads[load]
-            if not loads:
-                del self._by_name[name]
+        if load.waiters and any(waiter.fragment_id == name for waiter in load.waiters):
+            return
+        there = self._by_name.get(name)
+        if isinstance(there, dict):
+            there.pop(load, None)
+        if there is load or not there:
+            self._by_name.pop(name, None)
 
 
 def _identity(request: LoadRequest) -> object:
-    """What makes two requests one load."""
+    """What makes two requests one load: of plain values, which are hashed several times as fast as others."""
+    wanted = request.byte_range
     return (
         request.path,
-        request.byte_range,
+        None if wanted is None else wanted.start,
+        None if wanted is None else wanted.stop,
         request.checksum,
         request.validator,
         request.expected_size,

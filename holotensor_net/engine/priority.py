@@ -35,10 +35,11 @@ class PrioritizedFragment:
 
     ``priority`` is the level now in force, ``request.priority`` the one first asked for. ``queued_at`` and
     ``deadline_at`` (None if there is none) are seconds on the queue's clock. ``effective_priority`` is the score as it
-    was frozen at the last push, move or promotion. ``state`` is for whoever runs the queue; subclasses may add more.
+    was frozen at the last push, move or promotion. ``lane`` and ``state`` are for whoever runs the queues; subclasses
+    may add more.
     """
 
-    __slots__ = ("_arrival", "deadline_at", "effective_priority", "priority", "queued_at", "request", "state")
+    __slots__ = ("_arrival", "deadline_at", "effective_priority", "lane", "priority", "queued_at", "request", "state")
 
     def __init__(self, request: LoadRequest, *, queued_at: float = 0.0) -> None:
         self.request = request
@@ -46,6 +47,7 @@ class PrioritizedFragment:
         self.queued_at = queued_at
         self.deadline_at = None if request.deadline is None else queued_at + request.deadline
         self.effective_priority = self.score_at(queued_at)
+        self.lane = 0
         self.state: object = None
         self._arrival = _NOT_QUEUED
 
@@ -84,17 +86,18 @@ class PriorityQueue:
     """Fragments, most urgent first; equal urgency in order of arrival.
 
     Thread-safe: one lock guards everything. ``update_priority`` marks the old place stale and pushes anew: O(log n).
-    Several fragments may bear one id; what is asked by id concerns all of them.
+    Several fragments may bear one id; what is asked by id concerns all of them. Queues that share ``arrivals`` can be
+    compared by ``effective_priority`` and ``place``.
     """
 
     # A rank holds the arrivals of one score. It names its fragments and does not hold them, so that a stale place keeps
     # no buffers alive. An arrival is stale if no fragment has it, or one that has another score by now; the same
     # arrival twice in a rank does no harm. Scores and arrivals apart are compared several times as fast as pairs of
     # them, and most fragments share their score with others.
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, arrivals: Iterator[int] | None = None) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._arrivals = itertools.count()
+        self._arrivals = itertools.count() if arrivals is None else arrivals
         self._queued = _Index()
         self._ranks = _Ranks()
         self._promotions: list[tuple[float, int]] = []

@@ -260,7 +260,12 @@ class RequestCache:
             else:
                 if part is not None:
                     return part
-        return MemoryPart(size, spare=self._spare)
+        return self.memory(size, request)
+
+    def memory(self, size: int | None, request: LoadRequest | None) -> MemoryPart:
+        """A place for a fragment in memory."""
+        is_proved = request is not None and _blake3_in(request.checksum) is not None
+        return MemoryPart(size, spare=self._spare, is_proved=is_proved)
 
     def has_part(self, request: LoadRequest) -> bool:
         """Whether there may be something to resume. That is looked for only if the request may be a long one."""
@@ -301,8 +306,7 @@ class RequestCache:
         ``asked_at``: when the first request for it was sent, from which its age is counted; None: now.
         """
         data = destination.view()
-        answer = self._told_by(request.path, endpoint, head)
-        self._saw(request, endpoint, head.validator, head, self.now() if asked_at is None else asked_at)
+        answer = self._told_by(request, endpoint, head, asked_at)
         if not answer.is_storable and not isinstance(destination, PartFile):
             return data
         name, digest = without_query(request.fragment_id), _blake3_in(request.checksum)
@@ -316,10 +320,12 @@ class RequestCache:
             _log.warning("not cached: %s", error)
             return data
 
-    def _told_by(self, path: str, endpoint: int, head: HeadInfo) -> _Answer:
+    def _told_by(self, request: LoadRequest, endpoint: int, head: HeadInfo, asked_at: float | None) -> _Answer:
+        path = request.path
         known: tuple[str, int, _Answer] | None = getattr(self._here, "answer", None)
-        if known is not None and known[:2] == (path, endpoint) and known[2].head is head:
+        if known is not None and known[2].head is head and known[:2] == (path, endpoint):
             return known[2]
+        self._saw(request, endpoint, head.validator, head, self.now() if asked_at is None else asked_at)
         freshness = Freshness(head.headers)
         url = redact_url(self._place(endpoint, path)[0])
         variant = self._variant(endpoint, freshness.varies_on)

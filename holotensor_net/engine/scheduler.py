@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import NetworkConfig, SchedulerConfig
 from ..errors import ConfigurationError, Timeout
 from ..values import LoadRequest, Priority, RangeRequest, Validator
 from .bandwidth import BandwidthMonitor
-from .pacing import ConcurrencyController, Interval, RateBudget
+from .lanes import Lane, may_begin
+from .pacing import RateBudget
 from .planning import gap_worth_reading, join_neighbours, piece_worth_asking, split, window_worth_filling
 from .priority import PrioritizedFragment, PriorityQueue
 
@@ -25,7 +27,7 @@ _LARGEST_GAP = 256 * 1024
 _MODEST = 4 * 1024 * 1024
 _LONGEST_PAUSE = 0.5  # seconds that a lower level waits at once for CRITICAL: nobody is held up for ever
 _SILENCE = 1.0  # seconds without a byte after which CRITICAL holds nobody up: it would not come sooner
-_STARVING = 1.0  # seconds in the queue, after which a fragment is given one in so many pieces, whatever its level is
+_STARVING = 5.0  # seconds in the queue, after which a fragment is given one in so many pieces, whatever its level is
 _STARVING_SHARE = 16
 _READ_SECONDS = 0.02  # of ``max_bandwidth``, that all connections may read beyond it
 _SMALLEST_READ = 2048
@@ -163,44 +165,54 @@ class Scheduler:
 
     Thread-safe. The first piece of a fragment goes alone until an answer has told which version the object has,
     unless the request pins one or knows its digest: pieces of two versions never meet. ``dropped`` is told of each
-    fragment that ``clear`` forgets. Its one lock, which two Conditions share, guards everything but the queue, which
-    has one of its own.
+    fragment that ``clear`` forgets. Each endpoint of a NetworkConfig has a lane of its own, which a fragment is in by
+    the number of its ``lane``. Its one lock, which three Conditions share, guards everything but the queues, which have
+    one each.
     """
 
     def __init__(
-        self, config: SchedulerConfig | NetworkConfig | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        config: SchedulerConfig | NetworkConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.config = config.scheduler if isinstance(config, NetworkConfig) else config or SchedulerConfig()
-        self.monitor = BandwidthMonitor()
+        ceilings = [end.max_connections for end in config.endpoints] if isinstance(config, NetworkConfig) else []
+        own = config.scheduler if isinstance(config, NetworkConfig) else config or SchedulerConfig()
+        ceilings = ceilings or [own.max_concurrent]
+        self.config = replace(own, max_concurrent=min(own.max_concurrent, sum(ceilings)))
         self._clock = clock
         self.dropped: Callable[[PrioritizedFragment], object] = lambda fragment: None
         lock = threading.RLock()
         self._changed = threading.Condition(lock)  # for whoever waits for a piece
         self._room = threading.Condition(lock)  # for whoever waits for the queue to grow shorter
-        self._queue = PriorityQueue(clock=clock)
-        self._shorts: dict[tuple[str, Validator | None], _Shorts] = {}
+        arrivals, is_adaptive = itertools.count(), self.config.monitor_bandwidth
+        self.lanes = [
+            Lane(
+                PriorityQueue(clock=clock, arrivals=arrivals),
+                min(ceiling, self.config.max_concurrent),
+                is_adaptive=is_adaptive,
+                now=clock(),
+            )
+            for ceiling in ceilings
+        ]
+        self._latest = self.lanes[0]  # of which a piece was begun
+        self._shorts: dict[tuple[str, Validator | None, int], _Shorts] = {}
         self._parked: set[PrioritizedFragment] = set()
         self._withdrawn: set[PrioritizedFragment] = set()
-        self._controller = ConcurrencyController(self.config.max_concurrent)
         self._budget = RateBudget(self.config.max_bandwidth)
         self._request_budget = RateBudget(self.config.max_requests_per_second)
         self._pieces = 0  # since one went to who had waited for longest
         self._looked_at = clock()  # when it was looked for
-        self._active = 0
         self._total_bytes = 0
         self._completed = 0
         self._failed = 0
         self._closed = False
-        self._is_idle = True
         self._calm = threading.Condition(lock)  # for whoever gives way to CRITICAL
-        self._in_flight: set[Piece] = set()
-        self._served: set[Piece] = set()  # those of which bytes have come
-        self._most_served = 0  # at once, since the limit was changed
+        self._in_flight: dict[Piece, Lane] = {}
         self._urgent = 0  # pieces of level CRITICAL in flight
         self._urgent_at = clock()  # when the last byte of theirs came
         self._is_urgent_queued = False
         self._has_been_urgent = False
-        self._begin_interval(clock())
 
     # -- in
 
@@ -267,7 +279,7 @@ class Scheduler:
             self._withdrawn.discard(fragment)
             if not plan.queued:
                 plan.queued = True
-                self._queue.push(fragment, place=plan.place)
+                self._queue_of(fragment).push(fragment, place=plan.place)
             self._changed.notify_all()
 
     def withdraw(self, fragment: PrioritizedFragment) -> None:
@@ -309,12 +321,13 @@ class Scheduler:
         end = None if timeout is None else self._clock() + timeout
         with self._changed:
             while True:
-                if self._closed or not len(self._queue):
+                if self._closed or not self.queue_len:
                     return None
                 now = self._clock()
-                wait = self._wait(now)
-                if wait is not None and wait <= 0:
-                    return self._take(now)
+                lane = self._next_lane()
+                wait = None if lane is None else self._ration(now)
+                if lane is not None and wait is not None and wait <= 0:
+                    return self._take(lane, now)
                 if end is not None:
                     wait = end - now if wait is None else min(wait, end - now)
                     if wait <= 0:
@@ -322,27 +335,38 @@ class Scheduler:
                 self._changed.wait(wait)
 
     def release(self, piece: Piece) -> None:
-        """Give back the connection of a piece."""
+        """Give back the connection of a piece, if it has one still."""
         with self._changed:
-            now = self._clock()
-            self._account(now)
-            self._active -= 1
-            self._in_flight.discard(piece)
-            self._served.discard(piece)
-            if self._urgent:
-                self._count_urgent()
-            # Between two pieces of a lone connection the interval goes on: it would never come to its end.
-            self._is_idle = not self._active and not len(self._queue)
-            self._revise(now, force=self._is_idle)
-            self._changed.notify()
+            if piece in self._in_flight:
+                self._end(piece, self._clock())
+                self._changed.notify()
 
-    def refused(self) -> None:
-        """The server wanted fewer connections (429, 503, a timeout)."""
+    def assign(self, piece: Piece, lane: int) -> bool:
+        """A piece is to be asked of this host. True if it may be; else it is over, and what it was to bring is queued
+        there: that host has no connection to spare."""
         with self._changed:
-            now = self._clock()
-            self._account(now)
-            self._refusals += 1
-            self._revise(now, force=True)
+            at, now = self.lanes[lane], self._clock()
+            if self._in_flight[piece] is at:
+                return True
+            if at.has_room and may_begin(at, self.lanes, self.config.max_concurrent):
+                self._in_flight[piece].end(piece, now)
+                self._begin(piece, at, now)
+                return True
+            self._end(piece, now)
+            for part in piece.parts:
+                if not part.is_stale:
+                    self._move_to(lane, part.fragment)
+                    if len(piece.parts) > 1:
+                        self.restart(part.fragment, alone=False)
+                    else:
+                        self.extend(part.fragment, [part.byte_range])
+            self._changed.notify_all()
+            return False
+
+    def refused(self, lane: int = 0) -> None:
+        """A host wanted fewer connections (429, 503, a timeout)."""
+        with self._changed:
+            self.lanes[lane].refuse(self._clock())
 
     def settle(self, fragment: PrioritizedFragment, *, success: bool) -> None:
         """The fragment is done with: count it, and drop what is left of it."""
@@ -361,21 +385,18 @@ class Scheduler:
                 self._changed.notify_all()
             self._room.notify_all()
 
-    def record(self, size: int, piece: Piece | None = None) -> float:
-        """Bytes have arrived; gives the seconds to pause before the next read, so that ``max_bandwidth`` holds."""
+    def record(self, size: int, piece: Piece | None = None, *, lane: int = 0) -> float:
+        """Bytes have arrived, of a piece or else from a host; gives the seconds to pause before the next read, so that
+        ``max_bandwidth`` holds."""
         with self._changed:
             now = self._clock()
             if self._urgent and piece is not None and _is_urgent(piece):
                 self._urgent_at = now
-            if piece is not None and piece in self._in_flight:
-                self._served.add(piece)
-                self._most_served = max(self._most_served, len(self._served))
-            self._account(now)
-            self._bytes += size
-            self._squares += size * size
+            at = None if piece is None else self._in_flight.get(piece)
             self._total_bytes += size
             self._budget.spend(size, now)
-            self._revise(now)
+            if (at or self.lanes[lane]).record(size, None if at is None else piece, now):
+                self._changed.notify_all()
             return self._budget.delay(now)
 
     def charge(self) -> float:
@@ -392,7 +413,7 @@ class Scheduler:
         rate = self.config.max_bandwidth
         if rate is None:
             return sys.maxsize
-        return max(_SMALLEST_READ, int(rate * _READ_SECONDS / max(1, self._active)))
+        return max(_SMALLEST_READ, int(rate * _READ_SECONDS / max(1, self.active)))
 
     def gives_way(self, piece: Piece) -> bool:
         """Whether ``give_way`` might have to wait."""
@@ -407,7 +428,7 @@ class Scheduler:
             now = self._clock()
             end = now + _LONGEST_PAUSE
             while now < end and self._must_give_way(now) and not _is_urgent(piece):
-                self._is_disturbed = True
+                self._disturb()
                 self._calm.wait(end - now)
                 now = self._clock()
 
@@ -418,40 +439,43 @@ class Scheduler:
         has little room there, and once anything was CRITICAL, all has that would have to give way. Where there is a
         rate to be kept, everything has as much as that rate fills.
         """
-        rate, round_trip = self.monitor.current_bandwidth, self.monitor.round_trip
+        lane = self._in_flight.get(piece, self._latest)
+        rate, round_trip = lane.monitor.current_bandwidth, lane.monitor.round_trip
         if self.config.max_bandwidth is not None:
             rate, round_trip = self.config.max_bandwidth, round_trip or _ROUND_TRIP
         elif _is_urgent(piece) or (piece.priority < Priority.LOW and not self._has_been_urgent):
             return None
-        return window_worth_filling(round_trip, rate, connections=self._active)
+        return window_worth_filling(round_trip, rate, connections=lane.active)
 
     # -- what is going on
 
     @property
     def queue_len(self) -> int:
         """Fragments of which something is still to be handed out."""
-        return len(self._queue)
+        return sum([len(lane.queue) for lane in self.lanes])
 
     @property
     def is_half_full(self) -> bool:
         """Whether whoever adds more may soon have to wait."""
-        return 2 * len(self._queue) >= self.config.queue_limit
+        return 2 * self.queue_len >= self.config.queue_limit
 
     @property
     def active(self) -> int:
         """Pieces being fetched."""
-        return self._active
+        return sum([lane.active for lane in self.lanes])
 
     @property
     def limit(self) -> int:
-        """Connections that may be used at once, now."""
-        return self._controller.limit if self.config.monitor_bandwidth else self.config.max_concurrent
+        """Connections that may be used at once, now, at the hosts that are used, or were last."""
+        used = [lane.limit for lane in self.lanes if lane.active or len(lane.queue)]
+        return min(self.config.max_concurrent, sum(used) or self._latest.limit)
 
     @property
     def crew(self) -> int:
-        """Workers that there may be: ``limit``, and one for each urgent piece that lower ones give way to."""
-        extra = min(self._active - self._urgent, self._urgent + self._is_urgent_queued)
-        return self.limit if extra <= 0 else max(self.limit, min(self._most, self.limit + extra))
+        """Workers that there may be: as many as the hosts want, and one for each urgent piece that lower ones give way
+        to."""
+        extra = max(0, min(self.active - self._urgent, self._urgent + self._is_urgent_queued))
+        return min(self.config.max_concurrent, sum([min(lane.most, lane.wanted + extra) for lane in self.lanes]))
 
     @property
     def completed(self) -> int:
@@ -465,14 +489,20 @@ class Scheduler:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes/s, lately."""
-        return self.monitor.current_bandwidth
+        """Bytes/s, lately, from the hosts that are used, or were last."""
+        used = [lane for lane in self.lanes if lane.active] or [self._latest]
+        return sum(lane.monitor.current_bandwidth for lane in used)
+
+    @property
+    def monitor(self) -> BandwidthMonitor:
+        """What was measured of the host that was begun with last."""
+        return self._latest.monitor
 
     @property
     def is_rationed(self) -> bool:
         """Whether what is queued waits for ``max_bandwidth`` or ``max_requests_per_second``."""
         with self._changed:
-            return len(self._queue) > 0 and self._ration(self._clock()) > 0
+            return self.queue_len > 0 and self._ration(self._clock()) > 0
 
     def should_throttle(self) -> bool:
         """Whether whoever makes requests ought to hold back, as more of them would only wait: what is queued waits for
@@ -480,20 +510,20 @@ class Scheduler:
 
         It says nothing for good: ask again before the next.
         """
-        measured = self.monitor.current_bandwidth
-        is_slow = self.config.monitor_bandwidth and self._active > 0 and 0 < measured < self.config.min_bandwidth
+        is_used = self.config.monitor_bandwidth and self.active > 0
+        is_slow = is_used and 0 < self.bandwidth < self.config.min_bandwidth
         return is_slow or self.is_half_full or self.is_rationed
 
     def stats(self) -> SchedulerStats:
         """A snapshot of everything that is counted here."""
         with self._changed:
             return SchedulerStats(
-                queued=len(self._queue),
-                active=self._active,
+                queued=self.queue_len,
+                active=self.active,
                 limit=self.limit,
                 completed=self._completed,
                 failed=self._failed,
-                bandwidth=self.monitor.current_bandwidth,
+                bandwidth=self.bandwidth,
                 total_bytes=self._total_bytes,
             )
 
@@ -503,7 +533,9 @@ class Scheduler:
         """Move all fragments of this id that are not done to another level; False if there is none."""
         level = _level(priority)
         with self._changed:
-            moved = self._queue.update_priority(fragment_id, level)
+            moved = False
+            for lane in self.lanes:
+                moved |= lane.queue.update_priority(fragment_id, level)
             self._is_urgent_queued |= moved and level == Priority.CRITICAL
             for fragment in self._parked:
                 if fragment.fragment_id == fragment_id:
@@ -518,10 +550,10 @@ class Scheduler:
         level = _level(priority)
         with self._changed:
             if fragment.priority != level:
-                is_queued = self._queue.discard(fragment)
+                is_queued = self._queue_of(fragment).discard(fragment)
                 fragment.priority = level
                 if is_queued:
-                    self._queue.push(fragment)
+                    self._queue_of(fragment).push(fragment)
                     self._is_urgent_queued |= level == Priority.CRITICAL
                 self._count_urgent()
                 self._changed.notify()
@@ -549,22 +581,21 @@ class Scheduler:
         """Bytes of a piece that goes alone, or brings others along: where the rate does not tell what is long."""
         return min(self.config.chunk_size, _MODEST)
 
-    @property
-    def _most(self) -> int:
-        """Connections that there may be for a moment."""
-        return min(self.config.max_concurrent, self._controller.most)
+    def _queue_of(self, fragment: PrioritizedFragment) -> PriorityQueue:
+        return self.lanes[fragment.lane].queue
 
-    def _wait(self, now: float) -> float | None:
-        """Seconds until the most urgent may be taken; None for until something changes."""
-        fragment = self._queue.peek()
-        if fragment is None:
-            return None
-        if self._active >= self.limit:
-            # Lower levels give way to CRITICAL, so that their connections hardly count.
-            is_urgent = fragment.priority == Priority.CRITICAL and self._urgent < self.limit
-            if not is_urgent or self._active >= self._most:
-                return None
-        return self._ration(now)
+    def _next_lane(self) -> Lane | None:
+        """That of the most urgent fragment that may be begun; None until something changes."""
+        best: tuple[float, int] | None = None
+        chosen = None
+        for lane in self.lanes:
+            first = lane.queue.peek()
+            if first is None or not (lane.has_room and may_begin(lane, self.lanes, self.config.max_concurrent)):
+                continue
+            order = first.effective_priority, first.place
+            if best is None or order < best:
+                best, chosen = order, lane
+        return chosen
 
     def _ration(self, now: float) -> float:
         """Seconds until the rate limits allow another piece."""
@@ -574,12 +605,20 @@ class Scheduler:
         return not self._closed and self._urgent > 0 and now < self._urgent_at + _SILENCE
 
     def _count_urgent(self) -> None:
-        self._urgent = sum(_is_urgent(piece) for piece in self._in_flight)
+        for lane in self.lanes:
+            lane.urgent = 0
+        for piece, lane in self._in_flight.items():
+            lane.urgent += _is_urgent(piece)
+        self._urgent = sum([lane.urgent for lane in self.lanes])
         if not self._urgent:
             self._calm.notify_all()
 
+    def _disturb(self) -> None:
+        for lane in self.lanes:
+            lane.disturb()
+
     def _has_room(self) -> bool:
-        return self._closed or len(self._queue) < self.config.queue_limit
+        return self._closed or self.queue_len < self.config.queue_limit
 
     def _put(self, fragment: PrioritizedFragment, *, alone: bool, whole: bool) -> None:
         wanted = fragment.request.byte_range
@@ -588,7 +627,7 @@ class Scheduler:
             fragment.state = Plan(deque([opening]), opening.stop, whole=True)
         elif not alone and wanted is not None and wanted.length <= self._short and not fragment.request.allow_short:
             self._shorts.setdefault(_neighbourhood(fragment), _Shorts()).add(fragment, wanted)
-        self._queue.push(fragment)
+        self._queue_of(fragment).push(fragment)
         self._is_urgent_queued |= fragment.priority == Priority.CRITICAL
         self._changed.notify()
 
@@ -603,39 +642,64 @@ class Scheduler:
         assert isinstance(fragment.state, Plan)
         return fragment.state
 
-    def _next_fragment(self, now: float) -> PrioritizedFragment:
+    def _next_fragment(self, lane: Lane, now: float) -> PrioritizedFragment:
         """The most urgent; but nobody waits for ever, unless for CRITICAL."""
-        fragment = self._queue.peek()
+        fragment = lane.queue.peek()
         assert fragment is not None
         self._pieces += 1
         is_turn = self._pieces >= _STARVING_SHARE and now >= self._looked_at + _STARVING / _STARVING_SHARE
         if not is_turn or fragment.priority == Priority.CRITICAL:
             return fragment
         self._pieces, self._looked_at = 0, now
-        eldest = self._queue.eldest()
+        eldest = lane.queue.eldest()
         return fragment if eldest is None or now < eldest.queued_at + _STARVING else eldest
 
-    def _take(self, now: float) -> Piece:
-        fragment = self._next_fragment(now)
+    def _begin(self, piece: Piece, lane: Lane, now: float) -> None:
+        self._latest = lane
+        self._in_flight[piece] = lane
+        lane.begin(now)
+        lane.urgent += _is_urgent(piece)
+
+    def _end(self, piece: Piece, now: float) -> None:
+        lane = self._in_flight.pop(piece)
+        has_risen = lane.end(piece, now)
+        if self._urgent:
+            self._count_urgent()
+        if has_risen or len(self.lanes) > 1:  # or there is more room for others
+            self._changed.notify_all()
+
+    def send_to(self, lane: int, fragment: PrioritizedFragment) -> None:
+        """Have a fragment wait for another host."""
+        if fragment.lane != lane:
+            with self._changed:
+                self._move_to(lane, fragment)
+                self._changed.notify_all()
+
+    def _move_to(self, lane: int, fragment: PrioritizedFragment) -> None:
+        place = fragment.place
+        is_queued = self._queue_of(fragment).discard(fragment)
+        self._drop_short(fragment)
+        fragment.lane = lane
+        if is_queued:
+            self._queue_of(fragment).push(fragment, place=place)
+
+    def _take(self, lane: Lane, now: float) -> Piece:
+        fragment = self._next_fragment(lane, now)
         is_short = self._is_short(fragment)
         wanted = self._take_range(fragment)
         parts = [self._part(fragment, wanted), *(self._neighbours(fragment, wanted) if is_short else [])]
         parts.sort(key=lambda part: part.byte_range.start)
-        if self._is_idle:
-            self._is_idle = False
-            self._begin_interval(now)
-        self._account(now)
-        self._active += 1
         self._request_budget.spend(1, now)
         piece = Piece(tuple(parts), RangeRequest(parts[0].byte_range.start, parts[-1].byte_range.stop))
-        self._in_flight.add(piece)
+        self._begin(piece, lane, now)
         if fragment.priority == Priority.CRITICAL:
             self._urgent += 1
             self._urgent_at = now
             self._has_been_urgent = True
-            following = self._queue.peek()
-            self._is_urgent_queued = following is not None and following.priority == Priority.CRITICAL
-            self._is_disturbed |= self._active > self._urgent
+            following = [lane.queue.peek() for lane in self.lanes]
+            self._is_urgent_queued = any(one is not None and one.priority == Priority.CRITICAL for one in following)
+            if self.active > self._urgent:
+                self._disturb()
         return piece
 
     def _is_short(self, fragment: PrioritizedFragment) -> bool:
@@ -648,33 +712,34 @@ class Scheduler:
         plan = self._plan(fragment)
         wanted = plan.pending.popleft()
         if not plan.whole and wanted.length and not self._is_short(fragment):  # shorts are joined as they are
-            first = next(split(wanted, self._piece_size()))
+            first = next(split(wanted, self._piece_size(self.lanes[fragment.lane])))
             if first.stop < wanted.stop:
                 plan.pending.appendleft(RangeRequest(first.stop, wanted.stop))
                 wanted = first
         if not plan.pending:
             plan.place = fragment.place
-            self._queue.discard(fragment)
+            self._queue_of(fragment).discard(fragment)
             plan.queued = False
             self._parked.add(fragment)
             self._room.notify_all()
         self._drop_short(fragment)
         return wanted
 
-    def _piece_size(self) -> int:
+    def _piece_size(self, lane: Lane) -> int:
         """Bytes of the next piece."""
         if not self.config.monitor_bandwidth:
             return self.config.chunk_size
-        each = self.monitor.current_bandwidth / max(1, self._active)
-        return piece_worth_asking(self.monitor.round_trip, each, most=self.config.chunk_size)
+        each = lane.monitor.current_bandwidth / max(1, lane.active)
+        return piece_worth_asking(lane.monitor.round_trip, each, most=self.config.chunk_size)
 
     def _neighbours(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> list[Part]:
         """Short fragments of the same object and level that are cheaper to bring along than to ask for later."""
         shorts = self._shorts.get(_neighbourhood(fragment))
         if shorts is None:
             return []
-        share = self.monitor.current_bandwidth / max(1, self._active)
-        gap = min(_LARGEST_GAP, gap_worth_reading(self.monitor.round_trip or _ROUND_TRIP, share))
+        lane = self.lanes[fragment.lane]
+        share = lane.monitor.current_bandwidth / max(1, lane.active)
+        gap = min(_LARGEST_GAP, gap_worth_reading(lane.monitor.round_trip or _ROUND_TRIP, share))
         around = shorts.around(wanted, fragment.priority, gap=gap, length=self._modest)
         ranges = [neighbour.request.byte_range or wanted for neighbour in around]
         joined = join_neighbours(wanted, ranges, max_gap=gap, max_length=self._modest)
@@ -682,7 +747,8 @@ class Scheduler:
 
     def _forget_queued(self) -> list[PrioritizedFragment]:
         with self._changed:
-            found = [*self._queue.clear(), *self._withdrawn]
+            found = [fragment for lane in self.lanes for fragment in lane.queue.clear()]
+            found += self._withdrawn
             self._parked -= self._withdrawn
             self._withdrawn.clear()
             for fragment in found:
@@ -694,7 +760,7 @@ class Scheduler:
 
     def _drop(self, fragment: PrioritizedFragment) -> bool:
         """Forget a fragment; whether something of it was still to be handed out."""
-        was_queued = self._queue.discard(fragment)
+        was_queued = self._queue_of(fragment).discard(fragment)
         self._parked.discard(fragment)
         self._withdrawn.discard(fragment)
         if was_queued:
@@ -709,49 +775,6 @@ class Scheduler:
             if not shorts:
                 del self._shorts[where]
 
-    def _begin_interval(self, now: float) -> None:
-        """What is counted from here on: until the next revision."""
-        self._began = self._accounted = now
-        self._busy = 0.0
-        self._bytes = self._squares = 0
-        self._refusals = 0
-        self._saturated = False
-        self._is_disturbed = False  # some have given way: what is measured is not the path
-
-    def _account(self, now: float) -> None:
-        self._busy += self._active * (now - self._accounted)
-        self._accounted = now
-        if self._active >= self.limit and len(self._queue):
-            self._saturated = True  # work waits for a connection
-
-    def _revise(self, now: float, *, force: bool = False) -> None:
-        """At the end of an interval: tell the monitor what was measured, and let the controller revise the limit."""
-        seconds = now - self._began
-        is_long_enough = seconds >= self._controller.seconds
-        if seconds <= 0 or not (is_long_enough or force):
-            return
-        if self._bytes:
-            self.monitor.record(self._bytes, seconds)
-        if is_long_enough or self._refusals:
-            before = self.limit
-            self._controller.revise(
-                Interval(
-                    seconds=seconds,
-                    bytes=self._bytes,
-                    active=self._busy / seconds,
-                    saturated=self._saturated and not self._is_disturbed,
-                    refusals=self._refusals,
-                    round_trip=self.monitor.round_trip,
-                    lump=self._squares / self._bytes if self._bytes else 0.0,
-                    served=self._most_served,
-                )
-            )
-            if self.limit != before:
-                self._most_served = len(self._served)
-            if self.limit > before:
-                self._changed.notify_all()
-        self._begin_interval(now)
-
 
 def _level(priority: Priority) -> Priority:
     try:
@@ -764,9 +787,9 @@ def _is_urgent(piece: Piece) -> bool:
     return piece.priority == Priority.CRITICAL
 
 
-def _neighbourhood(fragment: PrioritizedFragment) -> tuple[str, Validator | None]:
-    """Fragments of one object and one version may share a request."""
-    return fragment.request.path, fragment.request.validator
+def _neighbourhood(fragment: PrioritizedFragment) -> tuple[str, Validator | None, int]:
+    """Fragments of one object and one version may share a request to a host."""
+    return fragment.request.path, fragment.request.validator, fragment.lane
 
 
 def _opening(request: LoadRequest, chunk_size: int) -> RangeRequest:

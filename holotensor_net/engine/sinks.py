@@ -6,6 +6,7 @@ import bisect
 
 from ..errors import NetworkError
 from ..storage.memory import MemoryPart
+from ..storage.parts import PartFile
 from ..transport.client import Write
 from ..values import RangeRequest
 from .request_cache import Destination
@@ -46,15 +47,35 @@ class Scatter:
 
     def room(self, offset: int, most: int) -> memoryview | None:
         """The memory where what comes from ``offset`` on belongs, if that is one place, and a long one."""
+        match self._alone(offset, most):
+            case wanted, MemoryPart() as destination, most:
+                return destination.room(offset - wanted.start, most)
+        return None
+
+    def piped(self, offset: int, most: int) -> int:
+        """How many of the bytes from ``offset`` on, of ``most``, may come in a pipe to :meth:`take`: up to the next
+        multiple of ``most``, if they belong into one file, and are many."""
+        match self._alone(offset, most):
+            case _, PartFile(), length:
+                return min(length, self.block(offset, most))
+        return 0
+
+    def take(self, offset: int, pipe: int, size: int) -> None:
+        """Move bytes that :meth:`piped` has allowed from a pipe to their file."""
+        wanted, destination = self._places[bisect.bisect_right(self._starts, offset) - 1]
+        assert isinstance(destination, PartFile)
+        destination.take(offset - wanted.start, pipe, size)
+
+    def _alone(self, offset: int, most: int) -> tuple[RangeRequest, Destination, int] | None:
+        """The one place where many bytes from ``offset`` on belong, and how many of ``most``; None if they are few, or
+        belong to several."""
         index = bisect.bisect_right(self._starts, offset) - 1
         if index < 0:
             return None
         wanted, destination = self._places[index]
         most = min(most, wanted.stop - offset)
         is_alone = index + 1 == len(self._places) or self._starts[index + 1] >= offset + most
-        if most < _LONG or not is_alone or not isinstance(destination, MemoryPart):
-            return None
-        return destination.room(offset - wanted.start, most)
+        return (wanted, destination, most) if most >= _LONG and is_alone else None
 
 
 class Bounded:

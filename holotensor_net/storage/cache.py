@@ -74,6 +74,7 @@ class FragmentCache:
         self._usage = Usage()
         self._tolerant = _Tolerance()
         root = self.config.root
+        self._name = _itself if root is None else name_of  # nothing but files needs names that are short and harmless
         self.claims = None if root is None else Claims(root / "claims")
         self._disk = None if root is None else DiskTier(root, self.config, self._usage, clock, self._forget)
 
@@ -88,7 +89,7 @@ class FragmentCache:
 
         With the ``entry`` that :meth:`find` gave, they are those of that version, and it is not read again.
         """
-        name = name_of(key)
+        name = self._name(key)
         held = self._memory.get(name)
         if held is None or (entry is not None and _version(held.entry) != _version(entry)):
             held = self._from_disk(name, entry)
@@ -125,7 +126,7 @@ class FragmentCache:
         """
         if self._disk is None or (size or 0) > self.config.max_size:
             return None
-        subject = "" if key is None else name_of(key)
+        subject = "" if key is None else self._name(key)
         return self._disk.create(size, subject=subject, note=note if subject else None)
 
     def has_part(self, key: str) -> bool:
@@ -133,7 +134,7 @@ class FragmentCache:
         found = False
         if self._disk is not None:
             with self._tolerant:
-                found = self._disk.blobs.has_part(name_of(key))
+                found = self._disk.blobs.has_part(self._name(key))
         return found
 
     def resume(self, key: str) -> tuple[PartFile, Mapping[str, Any]] | None:
@@ -143,7 +144,7 @@ class FragmentCache:
         """
         if self._disk is not None:
             with self._tolerant:
-                return self._disk.blobs.resume(name_of(key))
+                return self._disk.blobs.resume(self._name(key))
         return None
 
     def has_appeared(self, name: str) -> bool:
@@ -163,16 +164,16 @@ class FragmentCache:
 
     def find(self, key: str) -> CacheEntry | None:
         """What is known of a fragment; of its uses, what was written down."""
-        return self._entry(name_of(key))
+        return self._entry(self._name(key))
 
     def get_entry(self, key: str) -> CacheEntry | None:
         """What is known of a fragment, its latest uses included."""
-        name = name_of(key)
+        name = self._name(key)
         entry = self._entry(name)
         return None if entry is None else self._usage.applied(name, entry)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._entry(name_of(key)) is not None
+        return isinstance(key, str) and self._entry(self._name(key)) is not None
 
     def __iter__(self) -> Iterator[CacheEntry]:
         for name in self._names():
@@ -186,7 +187,7 @@ class FragmentCache:
 
     def needs_revalidation(self, key: str, etag: str | None = None) -> bool:
         """Whether the server must be asked before the bytes are used: not if ``etag``, its present one, is theirs."""
-        entry = self._entry(name_of(key))
+        entry = self._entry(self._name(key))
         if entry is None:
             return True
         if etag is not None:
@@ -198,7 +199,7 @@ class FragmentCache:
 
         ``requested_at``: when the server was asked; None: now.
         """
-        name, now = name_of(key), self._clock()
+        name, now = self._name(key), self._clock()
         entry = self._entry(name)
         if entry is not None:
             entry = entry.confirmed(headers_of_304, now if requested_at is None else requested_at, now)
@@ -215,7 +216,7 @@ class FragmentCache:
 
     def remove(self, key: str) -> bool:
         """Forget a fragment; whether there was one. Its bytes go with the last entry that names them."""
-        name = name_of(key)
+        name = self._name(key)
         existed = self._entry(name) is not None
         self._forget([name])
         if self._disk is not None:
@@ -308,7 +309,7 @@ class FragmentCache:
 
     def _keep(self, key: str, entry: CacheEntry, view: memoryview, data: PartFile | memoryview) -> memoryview:
         """Let both tiers take the bytes, as far as they may and can."""
-        name, now = name_of(key), self._clock()
+        name, now = self._name(key), self._clock()
         entry = entry.stored(now)
         if not entry.is_storable:
             self.remove(key)
@@ -368,7 +369,8 @@ class _Counting(LRUCache[str, Held]):
         return super().popitem()
 
     def __setitem__(self, name: str, held: Held) -> None:
-        buffer = memoryview(held.view.obj).nbytes
+        known = self._buffers.get(id(held.view.obj))
+        buffer = memoryview(held.view.obj).nbytes if known is None else known[1]
         if buffer > held.view.nbytes and buffer > self.maxsize * _LARGEST_BUFFER:
             held = Held(held.entry, memoryview(bytes(held.view)))
             buffer = held.view.nbytes
@@ -443,6 +445,10 @@ class _MemoryTier:
 def name_of(key: str) -> str:
     """A file name for any key: long ones, and such as hold slashes or lone surrogates."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _itself(key: str) -> str:
+    return key
 
 
 def _version(entry: CacheEntry) -> tuple[object, ...]:

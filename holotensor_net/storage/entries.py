@@ -142,7 +142,7 @@ def dispensability(now: float, last: float, uses: int) -> float:
 def _made(fields: dict[str, Any]) -> CacheEntry:
     """An entry of fields that are known to be sound, which takes a fifth of the time that its constructor does."""
     entry = object.__new__(CacheEntry)
-    entry.__dict__.update(fields)
+    object.__setattr__(entry, "__dict__", fields)
     return entry
 
 

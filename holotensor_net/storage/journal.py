@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ class Journal:
 def believed(fd: int, marks: list[Mark]) -> tuple[int, Any, list[Span]]:
     """What the bytes in the file bear out of its marks: how many from the start, the hasher that has taken them in,
     and the spans apart from them."""
-    length, best, running = 0, blake3_hasher(), blake3_hasher()
+    length, best, running = 0, blake3_hasher(is_threaded=False), blake3_hasher(is_threaded=False)
     position = 0
     for prefix in sorted(mark.prefix for mark in marks):
         for block in blocks(fd, position, prefix.stop):
@@ -114,16 +114,20 @@ def believed(fd: int, marks: list[Mark]) -> tuple[int, Any, list[Span]]:
         length, best = position, running.copy()
     apart: list[Span] = []
     for span in sorted({span for mark in marks for span in mark.apart}):
-        if span.start >= max(length, apart[-1].stop if apart else 0) and span_of(fd, span.start, span.stop) == span:
+        if (
+            span.start >= max(length, apart[-1].stop if apart else 0)
+            and span_of(blocks(fd, span.start, span.stop), span.start) == span
+        ):
             apart.append(span)
     return length, best, apart
 
 
-def span_of(fd: int, start: int, stop: int) -> Span:
-    """Bytes of an open file, hashed."""
-    hasher = blake3_hasher()
-    for block in blocks(fd, start, stop):
+def span_of(read: Iterable[memoryview], start: int) -> Span:
+    """What the blocks from ``start`` on hold, hashed."""
+    hasher, stop = blake3_hasher(is_threaded=False), start
+    for block in read:
         hasher.update(block)
+        stop += len(block)
     return Span(start, stop, hasher.hexdigest())
 
 

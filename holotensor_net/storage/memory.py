@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import mmap
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import NetworkError
 from ..values import blake3_of
+from .prefix import Prefix
 
 __all__ = ["MemoryPart"]
 
 _MAPPING_PAYS_FROM = 1 << 20
+_STEP = 1 << 22  # bytes that are hashed at one go
 
 
 class MemoryPart:
@@ -20,10 +23,13 @@ class MemoryPart:
 
     With a known ``size`` the memory is touched for the first time when the bytes come; with None it grows, and is to be
     written in order. ``spare``: bytes that may be kept for others, here and elsewhere in the process, once nobody holds
-    a view any more. Raises NetworkError where there is no room for so many.
+    a view any more. ``is_proved``: its BLAKE3 digest will be asked for, and is taken as the bytes come. Raises
+    NetworkError where there is no room for so many.
     """
 
-    def __init__(self, size: int | None, *, spare: int = 0) -> None:
+    _prefix: Prefix | None = None
+
+    def __init__(self, size: int | None, *, spare: int = 0, is_proved: bool = False) -> None:
         try:
             self._fixed = _memory(size, spare) if size else None
         except (OSError, OverflowError, MemoryError) as error:
@@ -32,6 +38,8 @@ class MemoryPart:
             ) from error
         self._growing = bytearray() if size is None else None
         self._stop = size
+        if size and is_proved:
+            self._prefix = Prefix()
 
     def part(self, start: int, stop: int) -> MemoryPart:
         """Another fragment's part, which is bytes ``start`` up to ``stop`` of this one; each view keeps all of it."""
@@ -69,11 +77,24 @@ class MemoryPart:
         self._stop = size
 
     def settle(self, start: int, stop: int) -> None:
-        """These bytes will not change any more."""
+        """These bytes will not change any more: take them into the digest, if that will be asked for."""
+        if self._prefix is not None and self._prefix.claim(self._prefix.add(start, stop)):
+            try:
+                with contextlib.suppress(OSError):  # it was discarded
+                    self._prefix.hash(self._blocks)
+            finally:
+                self._prefix.release()
 
     def digest(self) -> str:
-        """The BLAKE3 digest of all bytes, 64 hex digits."""
-        return blake3_of(self.view())
+        """The BLAKE3 digest of all bytes, 64 hex digits; those that were settled have been hashed already."""
+        view = self.view()
+        if self._prefix is None or not self._prefix.length:
+            return blake3_of(view)
+        return self._prefix.digest(self._blocks, len(view))
+
+    def _blocks(self, start: int, stop: int) -> Iterator[memoryview]:
+        rest = self.view()[start:stop]
+        return (rest[at : at + _STEP] for at in range(0, len(rest), _STEP))
 
     def keep(self) -> None:
         """Memory is of use to nobody else: :meth:`discard`."""

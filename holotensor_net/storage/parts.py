@@ -8,14 +8,15 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError
-from ..values import blake3_hasher
 from .files import Buffer, disown, flat, hold, private_name, subject_of, token_of, translated
-from .journal import MOST_APART, TAIL, Journal, Mark, Span, believed, blocks, span_of
+from .journal import TAIL, Journal, believed, blocks
+from .prefix import Prefix
 
 if TYPE_CHECKING:
     from .blobs import BlobStore
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["PartFile"]
 
 _BACKDATED = 2_000_000_000
-_FREE = 0.1  # seconds that may be spent on the digests of spans in any case
 
 
 class PartFile:
@@ -42,7 +42,7 @@ class PartFile:
         self._users = 0
         self._is_writable = self._is_open = True
         self._idle = threading.Condition()
-        self._prefix = _Prefix()
+        self._prefix = Prefix()
         self._journal: Journal | None = None
         self._abandon = weakref.finalize(self, _abandon, fd, path, os.getpid())
         hold(fd)
@@ -80,12 +80,24 @@ class PartFile:
     def write(self, offset: int, buffer: Buffer) -> None:
         """Put all of the buffer at ``offset``. Threads may write disjoint parts at once."""
         rest = flat(buffer)
-        if offset < 0 or (self._limit is not None and offset + len(rest) > self._limit):
-            raise CacheError(f"{len(rest)} bytes at {offset} do not fit into a part file of {self._limit} bytes")
+        self._check(offset, len(rest))
         with self._using(writing=True) as fd, translated(f"write {len(rest)} bytes", self._store.root):
             while rest:
                 written = os.pwrite(fd, rest, offset)
                 rest, offset = rest[written:], offset + written
+
+    def take(self, offset: int, pipe: int, size: int) -> None:
+        """Put ``size`` bytes that a pipe holds at ``offset``, without a copy of them on the way where the file system
+        can do that."""
+        self._check(offset, size)
+        with self._using(writing=True) as fd, translated(f"write {size} bytes", self._store.root):
+            while size:
+                moved = _moved(pipe, fd, size, offset)
+                size, offset = size - moved, offset + moved
+
+    def _check(self, offset: int, size: int) -> None:
+        if offset < 0 or (self._limit is not None and offset + size > self._limit):
+            raise CacheError(f"{size} bytes at {offset} do not fit into a part file of {self._limit} bytes")
 
     def view(self) -> memoryview:
         """A read-only view of what is there now; a later write may or may not show in it."""
@@ -108,9 +120,9 @@ class PartFile:
             if self._prefix.claim(number):
                 try:
                     with self._using() as fd:
-                        self._prefix.hash(fd)
+                        self._prefix.hash(partial(blocks, fd))
                         if self._journal is not None and self._prefix.length < self._journal.size:
-                            self._prefix.hash_apart(fd)
+                            self._prefix.hash_apart(partial(blocks, fd))
                             self._journal.advance(fd, self._prefix.mark, sync=_sync)
                 finally:
                     self._prefix.release()
@@ -118,7 +130,7 @@ class PartFile:
     def digest(self) -> str:
         """The BLAKE3 digest of all bytes; those that were settled have been hashed already. Nothing may be written."""
         with self._using() as fd, translated("read a part file", self._store.root):
-            return self._prefix.digest(fd, self._size(fd))
+            return self._prefix.digest(partial(blocks, fd), self._size(fd))
 
     def keep(self) -> None:
         """Let go of the file and leave it to whoever resumes it; discard it if there is nothing to resume."""
@@ -194,7 +206,7 @@ class PartFile:
                 return None
             part._journal = found[0]
             part._limit = found[0].size
-            part._prefix = _Prefix(hasher, length, apart)
+            part._prefix = Prefix(hasher, length, apart)
         return part, found[0].note
 
     @property
@@ -232,96 +244,22 @@ def _abandon(fd: int, path: Path, owner: int) -> None:
         disown(path.name)
 
 
+def _moved(pipe: int, fd: int, most: int, offset: int) -> int:
+    """Move bytes from a pipe that holds ``most`` or more; gives how many that were."""
+    try:
+        moved = os.splice(pipe, fd, most, offset_dst=offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        rest = memoryview(os.read(pipe, most))  # a file system that cannot
+        moved = len(rest)
+        while rest:
+            written = os.pwrite(fd, rest, offset)
+            rest, offset = rest[written:], offset + written
+    if not moved:
+        raise OSError(errno.EIO, "the pipe holds less than was said")
+    return moved
+
+
 def _sync(fd: int) -> None:
     getattr(os, "fdatasync", os.fsync)(fd)
-
-
-class _Prefix:
-    """The digest of a file's bytes from its start, taken as they come, and of spans that have come before their turn.
-
-    The lock guards all, but is not held to hash: one thread at a time does.
-    """
-
-    def __init__(self, hasher: Any = None, length: int = 0, apart: Iterable[Span] = ()) -> None:
-        self._hasher = hasher
-        self.length = self._reach = length
-        self._apart: dict[int, int] = {span.start: span.stop for span in apart}
-        self._hashed: dict[int, Span] = {span.start: span for span in apart}
-        self._began = time.monotonic()
-        self._spent = 0.0
-        self._is_busy = False
-        self._added = self._seeing = self._seen = 0
-        self._changed = threading.Condition()
-
-    @property
-    def mark(self) -> Mark:
-        return Mark(Span(0, self.length, (self._hasher or blake3_hasher()).hexdigest()), tuple(self._hashed.values()))
-
-    def spans(self) -> list[tuple[int, int]]:
-        with self._changed:
-            return [(0, self._reach)] * (self._reach > 0) + sorted(self._apart.items())
-
-    def add(self, start: int, stop: int) -> int:
-        """These bytes will not change any more; gives the number of this call."""
-        with self._changed:
-            if start < stop:
-                self._apart[start] = stop
-            self._added += 1
-            while (reach := self._apart.pop(self._reach, None)) is not None:
-                self._hashed.pop(self._reach, None)
-                self._reach = reach
-            return self._added
-
-    def claim(self, number: int) -> bool:
-        """Wait until what was added with this number has been seen to; or is the caller's to see to, with all that was
-        added since, until :meth:`release`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._seen >= number or not self._is_busy)
-            if self._seen >= number:
-                return False
-            self._is_busy, self._seeing = True, self._added
-            return True
-
-    def release(self) -> None:
-        with self._changed:
-            self._is_busy, self._seen = False, self._seeing
-            self._changed.notify_all()
-
-    def hash(self, fd: int) -> None:
-        """Take in what there is now. Raises OSError."""
-        self._hasher = self._hasher or blake3_hasher()
-        stop = self._reach
-        for block in blocks(fd, self.length, stop):
-            self._hasher.update(block)
-            self.length += len(block)
-        if self.length < stop:
-            raise OSError(errno.EIO, "the file ends before its bytes do")
-
-    def hash_apart(self, fd: int) -> None:
-        """Hash what has come before its turn, which will be hashed once more then: so only as long as that costs little
-        of the time, and a fast network does without."""
-        with self._changed:
-            apart = [span for span in self._apart.items() if span[0] not in self._hashed]
-        for start, stop in apart:
-            if self._spent > _FREE + (time.monotonic() - self._began) / 10 or len(self._hashed) >= MOST_APART:
-                return
-            began = time.thread_time()
-            span = span_of(fd, start, stop)
-            self._spent += time.thread_time() - began
-            with self._changed:
-                if start in self._apart:
-                    self._hashed[start] = span
-
-    def digest(self, fd: int, size: int) -> str:
-        """The digest of the first ``size`` bytes, the rest of them hashed now. Raises OSError."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_busy)
-            self._is_busy = True
-            self._reach = size
-        try:
-            if self.length > size:
-                self._hasher, self.length = None, 0
-            self.hash(fd)
-            return str(self._hasher.hexdigest())
-        finally:
-            self.release()

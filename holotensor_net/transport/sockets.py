@@ -34,10 +34,11 @@ from urllib3.exceptions import (
     NameResolutionError,
     NewConnectionError,
 )
-from urllib3.util import wait_for_write
+from urllib3.util import wait_for_read, wait_for_write
 from urllib3.util.response import assert_header_parsing
 
 from ..errors import without_query
+from .pipes import Pipe
 
 __all__ = ["SLOWEST", "Answer", "Interrupt", "LiveSockets", "Pool", "pool_classes"]
 
@@ -227,12 +228,32 @@ class _Incoming(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        return self._received(lambda: self._raw.readinto(buffer) or 0)
+
+    @property
+    def can_be_piped(self) -> bool:
+        """Whether :meth:`pipe` may be called."""
+        return Pipe.can_take_from(self._sock)
+
+    def pipe(self, pipe: Pipe, most: int) -> int:
+        """Have the kernel put what has come into a pipe, ``most`` bytes at most; gives their number, 0 at the end."""
+        return self._received(lambda: self._piped(pipe, most))
+
+    def _piped(self, pipe: Pipe, most: int) -> int:
+        while True:
+            if not wait_for_read(self._sock, self._sock.gettimeout()):
+                raise TimeoutError("timed out")
+            with contextlib.suppress(BlockingIOError):  # it was no news for us
+                return pipe.fill(self._sock, most)
+            self._sockets.bound(self._sock)
+
+    def _received(self, receive: Callable[[], int]) -> int:
         if self._is_over:
             return 0
         began = self._sockets.clock()
         self._sockets.bound(self._sock)
         self._sockets.fit(self._sock)
-        count = self._raw.readinto(buffer) or 0
+        count = receive()
         if not count and not self._may_end:
             raise ConnectionResetError("the connection was cut in the middle of the answer")
         if self._in_body:
@@ -262,7 +283,7 @@ class Answer(http.client.HTTPResponse):
     said: Sequence[tuple[str, str]] = ()
     has_excess = False
     connection: HTTPConnection | None = None
-    _has_begun = False
+    _is_direct = False
 
     def __init__(self, sock: Any, *args: Any, sockets: LiveSockets, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -281,18 +302,37 @@ class Answer(http.client.HTTPResponse):
             return 0
         assert self.length is not None
         room = memoryview(buffer)[: self.length]
-        if self._has_begun:
+        if self._is_direct:
             count = self.fp.readinto1(room)
-        else:  # what came with the head is given alone: with room for more, Python would wait for more
+            self._is_direct = len(room) >= _AHEAD
+        else:  # what was read ahead is given alone: with room for more, Python would wait for more
             held = len(self.fp.peek())
             count = self.fp.readinto1(room[:held])
-            self._has_begun = count == held
+            self._is_direct = count == held
+        return self._counted(count)
+
+    @property
+    def can_be_piped(self) -> bool:
+        """Whether what comes next of a plain body may be taken with :meth:`pipe`: much is to come, and nothing of it
+        was read ahead."""
+        is_long = self.length is not None and self.length >= _AHEAD
+        return self._is_direct and is_long and self.fp is not None and self._incoming.can_be_piped
+
+    def pipe(self, pipe: Pipe, most: int) -> int:
+        """:meth:`readinto1` into a pipe, ``most`` bytes at most."""
+        assert self.length is not None
+        return self._counted(self._incoming.pipe(pipe, min(most, self.length)))
+
+    def _counted(self, count: int) -> int:
+        """So many bytes have come of a plain body."""
+        assert self.length is not None
         self.length -= count
         if not count or not self.length:
             self._close_conn()
         return count
 
     def read1(self, n: int = -1) -> bytes:
+        self._is_direct = False
         block = super().read1(n)
         if self.fp is not None and self.length == 0 and not self.chunked:  # Python waits for one call more
             self._close_conn()

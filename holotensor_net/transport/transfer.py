@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ..errors import ChecksumMismatch, HttpError, ObjectChanged, ProtocolError, RangeNotSupported
 from ..values import HeadInfo, RangeRequest, Validator
@@ -24,6 +24,10 @@ Room: TypeAlias = Callable[[int, int], memoryview | None]
 """What a ``Write`` with memory for its bytes has as ``room``: where those from an offset on belong, so many at most,
 for a socket to fill; None if they have to be written there. It may have a ``block`` too: how many of those it wants to
 be given at once."""
+
+Piped: TypeAlias = Callable[[int, int], int]
+"""What a ``Write`` to a file has as ``piped``: how many bytes from an offset on, of so many, may come in a pipe. Its
+``take`` moves them, given their offset, the pipe's descriptor and their number."""
 
 OpenSink: TypeAlias = Callable[[HeadInfo, RangeRequest | None], Write]
 """Called once, when an answer has passed the guards: what it told, and which bytes come (None: an unknown number from
@@ -151,6 +155,18 @@ class Transfer:
         """How many of the next bytes, of ``most``, are best written at once."""
         block: Callable[[int, int], int] | None = getattr(self.write, "block", None)
         return most if block is None else block(self.position, most)
+
+    def piped(self, most: int) -> int:
+        """How many of the next bytes, of ``most``, may come in a pipe to :meth:`take`: none where they are to be held
+        against a digest on the way."""
+        piped: Piped | None = getattr(self.write, "piped", None)
+        return 0 if piped is None or self.claims else piped(self.position, most)
+
+    def take(self, pipe: int, size: int) -> None:
+        """The next bytes are in a pipe: to their place."""
+        sink: Any = self.write
+        sink.take(self.position, pipe, size)
+        self.position += size
 
     def advance(self, block: memoryview, *, is_in_place: bool = False) -> None:
         """The next bytes: to their place, unless they are there. Raises ChecksumMismatch if they complete what has

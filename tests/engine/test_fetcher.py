@@ -598,7 +598,7 @@ def test_a_piece_that_was_taken_before_its_load_began_again_is_dropped(bench: Ca
     blockers = [it.submit(LoadRequest(name, name)) for name in "xy"]
     blocking = [it.call() for _ in blockers]
     future = it.submit(LoadRequest("id", "file", byte_range=RangeRequest(0, len(OLD)), checksum=sha256(OLD)))
-    it.scheduler._active -= 1  # a worker that is very slow between taking a piece and beginning it
+    it.scheduler.lanes[0].active -= 1  # a worker that is very slow between taking a piece and beginning it
     late = it.scheduler.next()
     assert late is not None
     assert late.byte_range == RangeRequest(0, CHUNK)
@@ -1490,7 +1490,7 @@ class Limit:
 
 def test_the_pool_grows_and_shrinks_with_the_limit(bench: Callable[..., Bench]) -> None:
     it = bench(monitor_bandwidth=True)
-    it.scheduler._controller = limit = Limit(1)  # type: ignore[assignment]
+    it.scheduler.lanes[0].controller = limit = Limit(1)  # type: ignore[assignment]
     futures = [it.submit(LoadRequest(str(n), str(n))) for n in range(12)]
     first = it.call()
     assert it.calls.empty()
@@ -1806,7 +1806,7 @@ def test_a_server_that_is_killed_and_started_again_costs_time_and_no_error(
     data = random.Random(5).randbytes(400_000)
     put(tmp_path / "file", data)
     with OriginProcess(tmp_path, behaviour=Behaviour(rate=400_000)) as server:
-        loader = load(server.url, timeout=20.0, chunk_size=50_000)
+        loader = load(server.url, timeout=20.0, chunk_size=10_000)
         future = loader.enqueue(LoadRequest("id", "file"))
         _until(lambda: loader.stats().bytes_fetched > 100_000)
         server.kill()
@@ -2187,3 +2187,60 @@ def test_who_delivers_just_as_it_is_cut_is_no_probe_any_more(bench: Callable[...
     call._orders.put(last)
     assert got(future) == OLD[:CHUNK]
     assert (health.failures, health.probing) == (0, False)
+
+
+def test_a_slow_endpoint_does_not_hold_another_down(bench: Callable[..., Bench]) -> None:
+    it = bench(endpoints=2, max_concurrent=4)
+    futures = [it.submit(LoadRequest(name, name)) for name in "abcdef"]
+    calls = sorted((it.call() for _ in range(4)), key=lambda call: call.ask.path)
+    assert [(call.endpoint, call.ask.path) for call in calls] == [(0, name) for name in "abcd"]
+    calls[3].fail(NotFound("it is elsewhere"))
+    other = it.call()
+    assert (other.endpoint, other.ask.path) == (1, "d")
+    for call in [other, *calls[:3]]:
+        call.answer(OLD[:1])
+    for _ in "ef":
+        it.call().answer(OLD[:1])
+    assert all(got(future) == OLD[:1] for future in futures)
+
+
+def test_an_endpoint_that_refuses_has_fewer_connections_and_the_next_one_its_own(
+    load: Callable[..., NetworkLoader], served: Callable[..., Origin]
+) -> None:
+    refusing, other = served(max_connections=1, refusal=429, latency=0.01), served(latency=0.01)
+    loader = load(refusing.url, CdnEndpoint(other.url, priority=1, proxies={}))
+    futures = loader.enqueue_many(
+        LoadRequest(str(n), str(3 * CHUNK), byte_range=RangeRequest(n, 2 * CHUNK)) for n in range(64)
+    )
+    assert all(future.result(NEVER).is_success for future in futures)
+    limits = [lane.limit for lane in loader.scheduler.lanes]
+    assert limits[0] < 4 <= limits[1]
+
+
+def test_the_rest_is_asked_for_as_soon_as_the_version_is_known(bench: Callable[..., Bench]) -> None:
+    it = bench()
+    future = it.submit(LoadRequest("id", "file", byte_range=RangeRequest(0, len(OLD))))
+    first = it.call()
+    first.do(lambda: first._open(HeadInfo(len(OLD), V1), RangeRequest(*first.bounds)))
+    first.receive(1)
+    others = [it.call(), it.call()]
+    assert [(call.bounds, call.ask.pinned) for call in others] == [((n * CHUNK, (n + 1) * CHUNK), V1) for n in (1, 2)]
+    for call in [*others, first]:
+        call.answer(OLD)
+    assert got(future) == OLD
+    assert it.calls.empty()
+
+
+@pytest.mark.parametrize("version", [WEAK, Validator(None, None, False)], ids=["weak", "none"])
+def test_nothing_more_is_asked_for_while_nothing_proves_that_it_would_be_of_the_same_version(
+    bench: Callable[..., Bench], version: Validator
+) -> None:
+    it = bench()
+    future = it.submit(LoadRequest("id", "file", byte_range=RangeRequest(0, len(OLD))))
+    first = it.call()
+    first.answer(OLD, version)
+    again = it.call()
+    assert (first.bounds, again.bounds) == ((0, CHUNK), (0, len(OLD)))
+    again.answer(OLD, version)
+    assert got(future) == OLD
+    assert it.calls.empty()

@@ -588,32 +588,55 @@ def test_what_is_moved_up_overtakes_at_the_server(make: Make, served: Callable[.
     assert [record.path for record in server.requests()] == ["/a", "/d", "/b", "/c"]
 
 
-def most_in(seen: list[tuple[float, float, int]], seconds: float) -> float:
-    """Of what was counted again and again (a moment before, one after, and the count), the most that came within so
-    many seconds, at the very least."""
-    return max(
-        (later - earlier) * min(1.0, seconds / (end - begin))
-        for begin, _, earlier in seen
-        for _, end, later in seen
-        if end - begin >= seconds
-    )
+class Watch:
+    """A count, taken again and again; and how much later than it should be this machine lets a thread go on.
+
+    A machine that is busy makes everything later, never sooner: so a rate may never be exceeded, but falls short by
+    what was lost to that. A budget makes up for a twentieth of a second, no more.
+    """
+
+    def __init__(self, count: Callable[[], int], seconds: float) -> None:
+        until(lambda: count() > 0)
+        self.seconds, self.lost = seconds, 0.0
+        self._seen: list[tuple[float, int, float]] = []  # a moment before, the count, a moment after
+        tick, began = threading.Event(), time.monotonic()
+        while not self._seen or self._seen[-1][0] < began + 1.1 * seconds:
+            self._seen.append((time.monotonic(), count(), time.monotonic()))
+            due = time.monotonic() + 0.01
+            tick.wait(0.01)
+            self.lost += max(0.0, time.monotonic() - due - 0.02)
+
+    @property
+    def most(self) -> float:
+        """The most that came within a window of so many seconds or a little longer, for each second of it."""
+        return max(
+            (later - earlier) / (end - begin)
+            for begin, earlier, _ in self._seen
+            for _, later, end in self._seen
+            if end - begin >= self.seconds
+        )
 
 
-def watch(count: Callable[[], int], seconds: float) -> list[tuple[float, float, int]]:
-    """A count, again and again, and between which moments it was taken; it has begun by then."""
-    tick, seen = threading.Event(), []
-    until(lambda: count() > 0)
-    end = time.monotonic() + 1.1 * seconds
-    while (begin := time.monotonic()) < end:
-        counted = count()
-        seen.append((begin, time.monotonic(), counted))
-        tick.wait(seconds / 100)
-    return seen
-
-
-# A machine that is busy makes everything later, never sooner: so nothing may ever be too fast, and once in three times
-# has to be fast enough.
 SECONDS = [1.0, pytest.param(5.0, marks=pytest.mark.slow)]
+
+
+def assert_kept(
+    rate: float, begin: Callable[[], tuple[Callable[[], int], Callable[[], object]]], seconds: float
+) -> None:
+    """``begin`` gives what counts, and what ends it. Never 3 % of five seconds more, and once in three times not 3 %
+    less than the machine allows."""
+    found = []
+    for _ in range(3):
+        count, end = begin()
+        try:
+            watch = Watch(count, seconds)
+        finally:
+            end()
+        assert watch.most <= rate * (seconds + 0.03 * 5.0) / seconds
+        found.append((watch.most / rate, watch.lost))
+        if watch.most * seconds >= rate * (0.97 * seconds - 3 * watch.lost):
+            return
+    pytest.fail(f"too slow: {found}")
 
 
 @pytest.mark.parametrize("seconds", SECONDS)
@@ -621,42 +644,31 @@ SECONDS = [1.0, pytest.param(5.0, marks=pytest.mark.slow)]
 def test_a_rate_is_kept(
     make: Make, served: Callable[..., Origin], tmp_path: Path, settings: dict[str, Any], seconds: float
 ) -> None:
-    server, rate, slack = served(), 8e6, 0.03 * 5.0
+    server, rate = served(), 8e6
     (tmp_path / "www" / "big").write_bytes(random.Random(6).randbytes(1 << 20) * (int(rate * 1.5 * seconds) >> 20))
-    shares = []
-    for _ in range(3):
+
+    def begin() -> tuple[Callable[[], int], Callable[[], object]]:
         loader = make(server.url, max_bandwidth=rate, chunk_size=1 << 20, cache_dir=False, **settings)
-        future = loader.enqueue(LoadRequest("big", "big"))
-        came = most_in(watch(lambda loader=loader: loader.stats().bytes_fetched, seconds), seconds)  # type: ignore[misc]
-        future.cancel()
-        loader.close()
-        assert came <= rate * (seconds + slack)
-        shares.append(came / (rate * seconds))
-        if shares[-1] >= 0.97:
-            return
-    pytest.fail(f"too slow: {shares}")
+        loader.enqueue(LoadRequest("big", "big"))
+        return lambda: loader.stats().bytes_fetched, loader.close
+
+    assert_kept(rate, begin, seconds)
 
 
 @pytest.mark.parametrize("seconds", SECONDS)
-def test_a_rate_of_requests_is_kept(make: Make, served: Callable[..., Origin], tmp_path: Path, seconds: float) -> None:
-    server, rate, slack = served(), 100.0, 0.03 * 5.0
-    shares = []
-    for attempt in range(3):
+def test_a_rate_of_requests_is_kept(make: Make, served: Callable[..., Origin], seconds: float) -> None:
+    server, rate = served(), 100.0
+
+    def begin() -> tuple[Callable[[], int], Callable[[], object]]:
         loader = make(server.url, max_requests_per_second=rate, cache_dir=False)
         before = server.stats().requests
-        futures = [
-            loader.enqueue(LoadRequest(f"{attempt} {n}", "file", byte_range=RangeRequest(n % 97, len(DATA) - n // 97)))
+        loader.enqueue_many(
+            LoadRequest(f"{n}", "file", byte_range=RangeRequest(n % 97, len(DATA) - n // 97))
             for n in range(int(rate * 1.5 * seconds))
-        ]
-        came = most_in(watch(lambda before=before: server.stats().requests - before, seconds), seconds)  # type: ignore[misc]
-        for future in futures:
-            future.cancel()
-        loader.close()
-        assert came <= rate * (seconds + slack)
-        shares.append(came / (rate * seconds))
-        if shares[-1] >= 0.97:
-            return
-    pytest.fail(f"too slow: {shares}")
+        )
+        return lambda: server.stats().requests - before, loader.close
+
+    assert_kept(rate, begin, seconds)
 
 
 def test_requests_beyond_the_first_for_a_piece_count_for_the_rate(make: Make) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from holotensor_net.config import NetworkConfig, SchedulerConfig
+from holotensor_net.config import CdnEndpoint, NetworkConfig, SchedulerConfig
 from holotensor_net.engine.pacing import Interval
 from holotensor_net.engine.priority import PrioritizedFragment
 from holotensor_net.engine.scheduler import Piece, Scheduler
@@ -573,7 +573,7 @@ class Listener:
 
 def listened(limit: int, clock: Clock, **settings: Any) -> tuple[Scheduler, Listener]:
     queue, listener = scheduler(clock, monitor_bandwidth=True, **settings), Listener(limit)
-    queue._controller = listener  # type: ignore[assignment]
+    queue.lanes[0].controller = listener  # type: ignore[assignment]
     return queue, listener
 
 
@@ -766,7 +766,7 @@ def test_nobody_waits_for_ever_while_what_is_more_urgent_keeps_coming() -> None:
     queue.enqueue(LoadRequest("low", "low", priority=Priority.LOW))
     taken: list[str] = []
     while "low" not in taken:
-        assert clock.now < 105
+        assert clock.now < 110
         queue.enqueue(LoadRequest("high", "high", priority=Priority.HIGH))
         piece = queue.next(timeout=0)
         assert piece is not None
@@ -775,7 +775,7 @@ def test_nobody_waits_for_ever_while_what_is_more_urgent_keeps_coming() -> None:
         queue.release(piece)
         queue.settle(piece.fragment, success=True)
     assert len(taken) >= 16
-    assert clock.now > 101
+    assert clock.now > 105
 
 
 def test_critical_is_made_to_wait_for_nobody() -> None:
@@ -858,7 +858,7 @@ def test_it_takes_its_part_of_a_whole_configuration() -> None:
 def test_critical_takes_a_connection_beyond_the_limit_once() -> None:
     clock = Clock()
     queue, _ = listened(2, clock)
-    queue._controller.most = 3  # type: ignore[attr-defined]
+    queue.lanes[0].controller.most = 3  # type: ignore[misc]
     queue.enqueue_many(LoadRequest(name, name, priority=Priority.LOW) for name in "abc")
     assert len(drain(queue)) == queue.crew == 2
     queue.enqueue_many(LoadRequest(name, name, priority=Priority.CRITICAL) for name in "xy")
@@ -926,7 +926,7 @@ def test_what_is_measured_while_some_give_way_teaches_the_controller_nothing() -
     queue.enqueue_many(LoadRequest(name, name, priority=Priority.LOW) for name in "abc")
     low, _ = drain(queue)
     queue.enqueue(LoadRequest("urgent", "urgent", priority=Priority.CRITICAL))
-    queue._controller.most = 3  # type: ignore[attr-defined]
+    queue.lanes[0].controller.most = 3  # type: ignore[misc]
     assert len(drain(queue)) == 1
     clock.now += 0.3
     queue.record(1000, low)
@@ -988,6 +988,154 @@ def test_where_something_was_critical_all_other_levels_have_little_room() -> Non
     assert queue.window(urgent) == 250_000
 
 
+# --- several hosts
+
+
+def of_hosts(clock: Clock, *ceilings: int, **settings: Any) -> Scheduler:
+    ends = tuple(CdnEndpoint(f"https://{n}.example.com", max_connections=most) for n, most in enumerate(ceilings))
+    return Scheduler(NetworkConfig(endpoints=ends, **({"chunk_size": CHUNK} | settings)), clock=clock)
+
+
+def push(queue: Scheduler, lane: int, *names: str, **fields: Any) -> list[PrioritizedFragment]:
+    fragments = [PrioritizedFragment(LoadRequest(name, name, **fields)) for name in names]
+    for fragment in fragments:
+        fragment.lane = lane
+        queue.push(fragment)
+    return fragments
+
+
+def taken(pieces: Iterable[Piece]) -> list[str]:
+    return [piece.fragment_id for piece in pieces]
+
+
+def test_a_host_whose_connections_are_all_in_use_holds_up_nothing_of_another() -> None:
+    queue = of_hosts(Clock(), 2, 5, monitor_bandwidth=False)
+    push(queue, 0, *"abcd", priority=Priority.CRITICAL)
+    push(queue, 1, *"xyz")
+    pieces = drain(queue)
+    assert taken(pieces) == ["a", "b", "x", "y", "z"]
+    assert (queue.queue_len, queue.active) == (2, 5)
+    queue.release(pieces[0])
+    assert taken(drain(queue)) == ["c"]
+
+
+def test_the_most_urgent_of_all_hosts_goes_first_and_equals_in_order_of_arrival() -> None:
+    queue = of_hosts(Clock(), 9, 9)
+    push(queue, 1, "a")
+    push(queue, 0, "b")
+    push(queue, 1, "c", priority=Priority.HIGH)
+    push(queue, 0, "d", priority=Priority.LOW)
+    assert taken(drain(queue)) == ["c", "a", "b", "d"]
+
+
+def test_all_hosts_together_have_a_ceiling_of_which_each_that_has_work_gets_its_share() -> None:
+    queue = of_hosts(Clock(), 64, 64, max_concurrent=4, monitor_bandwidth=False)
+    push(queue, 0, *"abcdef")
+    pieces = drain(queue)
+    assert taken(pieces) == ["a", "b", "c", "d"]
+    push(queue, 1, *"uvwxyz", priority=Priority.LOW)
+    got = []
+    for piece in pieces:
+        queue.release(piece)
+        got += drain(queue)
+    assert taken(got) == ["u", "v", "e", "f"]
+    assert queue.active == 4
+
+
+def test_a_ceiling_lower_than_the_number_of_hosts_is_kept() -> None:
+    queue = of_hosts(Clock(), 64, 64, 64, max_concurrent=1)
+    for lane in range(3):
+        push(queue, lane, str(lane))
+    for expected in "012":
+        (piece,) = drain(queue)
+        assert piece.fragment_id == expected
+        queue.release(piece)
+
+
+def test_a_host_that_refuses_has_fewer_connections_and_no_other_has() -> None:
+    clock = Clock()
+    queue = of_hosts(clock, 64, 64)
+    push(queue, 0, *"abcdefgh")
+    push(queue, 1, *"stuvwxyz")
+    drain(queue)
+    for _ in range(4):
+        clock.now += 0.6
+        queue.refused(0)
+        queue.refused(0)
+    assert (queue.lanes[0].limit, queue.lanes[1].limit) == (1, 4)
+    assert queue.limit == 5
+
+
+def test_what_is_measured_of_one_host_says_nothing_of_another() -> None:
+    clock = Clock()
+    queue = of_hosts(clock, 64, 64)
+    push(queue, 0, "a")
+    push(queue, 1, "b")
+    slow, fast = drain(queue)
+    clock.now += 1.0
+    queue.record(1000, lane=0)  # of what was asked for twice
+    queue.record(9_000_000, fast)
+    assert queue.bandwidth == pytest.approx(9_001_000)
+    queue.release(slow)
+    queue.release(fast)
+    assert queue.lanes[0].monitor.current_bandwidth == pytest.approx(1000)
+    assert queue.lanes[1].monitor.current_bandwidth == pytest.approx(9e6)
+
+
+def test_a_piece_may_go_to_a_host_that_has_room() -> None:
+    queue = of_hosts(Clock(), 2, 2)
+    push(queue, 0, "a")
+    (piece,) = drain(queue)
+    assert queue.assign(piece, 0)
+    assert queue.assign(piece, 1)
+    assert [lane.active for lane in queue.lanes] == [0, 1]
+    queue.release(piece)
+    queue.release(piece)  # it has none any more
+    assert queue.active == 0
+
+
+@pytest.mark.parametrize("length", [100, 3 * CHUNK], ids=["short", "long"])
+def test_a_piece_for_a_host_that_has_no_room_is_queued_for_it(length: int) -> None:
+    queue = of_hosts(Clock(), 2, 1)
+    push(queue, 1, "z")
+    (other,) = drain(queue)
+    queue.enqueue_many(part_of("a", n * length, (n + 1) * length, validator=PINNED) for n in range(2))
+    piece = queue.next(timeout=0)
+    assert piece is not None
+    asked = piece.byte_range
+    assert not queue.assign(piece, 1)
+    assert [lane.active for lane in queue.lanes] == [0, 1]
+    assert all(one.fragment is not piece.fragment for one in drain(queue))
+    queue.release(other)
+    came = []
+    while again := queue.next(timeout=0):
+        assert again.fragment.lane == 1
+        came.append(again.byte_range)
+        queue.release(again)
+    assert came.count(asked) == 1
+    assert sum(one.length for one in came) >= length
+
+
+def test_a_fragment_that_goes_elsewhere_keeps_its_place_among_its_equals_there() -> None:
+    queue = of_hosts(Clock(), 9, 9)
+    (moved,) = push(queue, 0, "a")
+    push(queue, 1, "b")
+    queue.send_to(1, moved)
+    assert taken(drain(queue)) == ["a", "b"]
+    assert queue.lanes[1].active == 2
+
+
+def test_critical_of_one_host_makes_lower_levels_of_all_give_way() -> None:
+    queue = Scheduler(NetworkConfig(endpoints=("https://0.example.com", "https://1.example.com")))
+    push(queue, 0, "low", priority=Priority.LOW)
+    push(queue, 1, "urgent", priority=Priority.CRITICAL)
+    urgent, low = drain(queue)
+    assert not queue.gives_way(urgent)
+    assert queue.gives_way(low)
+    queue.release(urgent)
+    assert not queue.gives_way(low)
+
+
 # --- everything at once
 
 
@@ -1020,7 +1168,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def take(self) -> None:
-        urgent = self.queue._queue.peek()
+        urgent = self.queue.lanes[0].queue.peek()
         piece = self.queue.next(timeout=0)
         if piece is None:
             assert urgent is None or self.queue.active == self.queue.limit

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from holotensor_net.engine.sinks import Scatter
+from holotensor_net.storage.blobs import BlobStore
 from holotensor_net.storage.memory import MemoryPart
 from holotensor_net.values import RangeRequest
 
@@ -59,3 +62,19 @@ def test_blocks_end_where_pages_do_in_the_place_that_they_belong_to() -> None:
     assert [sink.block(offset, 4096) for offset in (1000, 1001, 1000 + 4095, 1000 + 4096)] == [4096, 4095, 1, 4096]
     assert sink.block(7 * LONG + 5, 4096) == 4091
     assert 0 < sink.block(0, 4096) <= 4096  # what is asked for with it, and belongs nowhere
+
+
+def test_what_belongs_into_one_file_may_come_in_a_pipe(tmp_path: Path) -> None:
+    files = BlobStore(tmp_path)
+    with files.create(3 * LONG) as part, files.create(100) as short:
+        sink = Scatter(
+            [
+                (RangeRequest(1000, 1000 + 3 * LONG), part),
+                (RangeRequest(4 * LONG, 5 * LONG), MemoryPart(LONG)),
+                (RangeRequest(6 * LONG, 6 * LONG + 100), short),
+            ]
+        )
+        assert sink.piped(1000, LONG) == LONG
+        assert sink.piped(1000 + 5, LONG) == LONG - 5  # up to where a large page may end
+        assert sink.piped(1000 + 3 * LONG - 10, LONG) == 0  # ten bytes are not worth it
+        assert [sink.piped(offset, LONG) for offset in (0, 4 * LONG, 6 * LONG, 7 * LONG)] == [0, 0, 0, 0]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from holotensor_net.errors import NetworkError
 from holotensor_net.storage import memory
 from holotensor_net.storage.memory import MemoryPart
+from holotensor_net.values import blake3_of
 
 MIB = 1 << 20
 
@@ -138,6 +139,33 @@ def test_threads_may_write_disjoint_pieces_at_once() -> None:
     for thread in threads:
         thread.join(5)
     assert part.view() == b"".join(bytes([number]) * size for number in range(count))
+
+
+def test_the_digest_is_taken_as_the_bytes_come_in_whatever_order() -> None:
+    piece, count = 300_000, 20
+    data = random.Random(3).randbytes(piece * count)
+    part = MemoryPart(len(data), is_proved=True)
+    order = random.Random(4).sample(range(count), count)
+
+    def bring(numbers: list[int]) -> None:
+        for number in numbers:
+            part.write(number * piece, data[number * piece : (number + 1) * piece])
+            part.settle(number * piece, (number + 1) * piece)
+
+    threads = [threading.Thread(target=bring, args=(order[first:-1:4],)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert part._prefix is not None
+    assert part._prefix.length == piece * order[-1]  # all up to what has not come
+    part.write(order[-1] * piece, data[order[-1] * piece : (order[-1] + 1) * piece])
+    assert part.digest() == blake3_of(data)
+    part.truncate(piece)
+    assert part.digest() == blake3_of(data[:piece])
+    part.settle(0, piece)
+    part.discard()
+    part.settle(0, 2 * piece)  # a piece that was late
 
 
 @pytest.mark.parametrize("size", [1 << 62, 9_999_999_999_999_999_999])

@@ -1,0 +1,155 @@
+"""Lanes: one for each host, with what is queued for it, how fast it is, and how many connections it may have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..values import Priority
+from .bandwidth import BandwidthMonitor
+from .pacing import ConcurrencyController, Interval
+from .priority import PriorityQueue
+
+__all__ = ["Lane", "may_begin"]
+
+
+class Lane:
+    """What goes to one host. Not thread-safe, but for its ``queue``: its owner has a lock. Times are arguments.
+
+    ``active`` pieces are in flight, ``urgent`` ones among them of level CRITICAL. ``ceiling``: connections, at most;
+    where it ``is_adaptive``, a controller finds the least that fill the path.
+    """
+
+    def __init__(self, queue: PriorityQueue, ceiling: int, *, is_adaptive: bool, now: float) -> None:
+        self.queue = queue
+        self.monitor = BandwidthMonitor()
+        self.controller = ConcurrencyController(ceiling)
+        self.active = 0
+        self.urgent = 0
+        self._ceiling = ceiling
+        self._is_adaptive = is_adaptive
+        self._is_idle = True
+        self._served: set[object] = set()  # those of which bytes have come
+        self._most_served = 0  # at once, since the limit was changed
+        self._begin_interval(now)
+
+    @property
+    def limit(self) -> int:
+        """Connections that may be used at once, now."""
+        return self.controller.limit if self._is_adaptive else self._ceiling
+
+    @property
+    def most(self) -> int:
+        """Connections that there may be for a moment."""
+        return min(self._ceiling, self.controller.most)
+
+    @property
+    def wanted(self) -> int:
+        """Connections that could be used, urgent ones beyond the limit aside."""
+        return self.limit if len(self.queue) else min(self.active, self.limit)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another piece may begin, as far as the host is concerned. Lower levels give way to CRITICAL, so that
+        their connections hardly count."""
+        if self.active < self.limit:
+            return True
+        if self.active >= self.most or self.urgent >= self.limit:
+            return False
+        first = self.queue.peek()
+        return first is not None and first.priority == Priority.CRITICAL
+
+    # -- what happens
+
+    def begin(self, now: float) -> None:
+        """Another piece is in flight."""
+        if self._is_idle:
+            self._is_idle = False
+            self._begin_interval(now)
+        self._account(now)
+        self.active += 1
+
+    def end(self, piece: object, now: float) -> bool:
+        """A piece is no longer in flight; whether the limit has risen."""
+        self._account(now)
+        self.active -= 1
+        self._served.discard(piece)
+        # Between two pieces of a lone connection the interval goes on: it would never come to its end.
+        self._is_idle = not self.active and not len(self.queue)
+        return self._revise(now, force=self._is_idle)
+
+    def record(self, size: int, piece: object, now: float) -> bool:
+        """Bytes have come, of a piece in flight or of none; whether the limit has risen."""
+        if piece is not None:
+            self._served.add(piece)
+            self._most_served = max(self._most_served, len(self._served))
+        self._account(now)
+        self._bytes += size
+        self._squares += size * size
+        return self._revise(now)
+
+    def refuse(self, now: float) -> None:
+        """The host wanted fewer connections."""
+        self._account(now)
+        self._refusals += 1
+        self._revise(now, force=True)
+
+    def disturb(self) -> None:
+        """Some give way: what is measured now is not the path."""
+        self._is_disturbed = True
+
+    # -- measuring
+
+    def _begin_interval(self, now: float) -> None:
+        """What is counted from here on: until the next revision."""
+        self._began = self._accounted = now
+        self._busy = 0.0
+        self._bytes = self._squares = 0
+        self._refusals = 0
+        self._saturated = False
+        self._is_disturbed = False
+
+    def _account(self, now: float) -> None:
+        self._busy += self.active * (now - self._accounted)
+        self._accounted = now
+        if self.active >= self.limit and len(self.queue):
+            self._saturated = True  # work waits for a connection
+
+    def _revise(self, now: float, *, force: bool = False) -> bool:
+        """At the end of an interval: tell the monitor what was measured, and let the controller revise the limit."""
+        seconds = now - self._began
+        is_long_enough = seconds >= self.controller.seconds
+        if seconds <= 0 or not (is_long_enough or force):
+            return False
+        if self._bytes:
+            self.monitor.record(self._bytes, seconds)
+        before = self.limit
+        if is_long_enough or self._refusals:
+            self.controller.revise(
+                Interval(
+                    seconds=seconds,
+                    bytes=self._bytes,
+                    active=self._busy / seconds,
+                    saturated=self._saturated and not self._is_disturbed,
+                    refusals=self._refusals,
+                    round_trip=self.monitor.round_trip,
+                    lump=self._squares / self._bytes if self._bytes else 0.0,
+                    served=self._most_served,
+                )
+            )
+            if self.limit != before:
+                self._most_served = len(self._served)
+        self._begin_interval(now)
+        return self.limit > before
+
+
+def may_begin(lane: Lane, lanes: Sequence[Lane], ceiling: int) -> bool:
+    """Whether a lane may begin another piece, if all together may have ``ceiling`` in flight.
+
+    One that has less than its share may; one that has more leaves to the others that have work what they lack of
+    theirs, up to their limits: a slow host does not hold another one down.
+    """
+    working = [one for one in lanes if len(one.queue)]
+    active = sum(one.active for one in lanes)
+    share = max(1, ceiling // max(1, len(working)))
+    lacking = sum(max(0, min(one.limit, share) - one.active) for one in working if one is not lane)
+    return active < ceiling and (lane.active < share or active + lacking < ceiling)
