@@ -22,9 +22,9 @@ class MemoryPart:
     """Takes bytes at offsets, from any number of threads where they are disjoint; gives one read-only view in the end.
 
     With a known ``size`` the memory is touched for the first time when the bytes come; with None it grows, and is to be
-    written in order. ``spare``: bytes that may be kept for others, here and elsewhere in the process, once nobody holds
-    a view any more. ``is_proved``: its BLAKE3 digest will be asked for, and is taken as the bytes come. Raises
-    NetworkError where there is no room for so many.
+    written in order. ``spare``: bytes that may be in use, and kept for others once nobody holds a view any more, here
+    and elsewhere in the process. ``is_proved``: its BLAKE3 digest will be asked for, and is taken as the bytes come.
+    Raises NetworkError where there is no room for so many.
     """
 
     _prefix: Prefix | None = None
@@ -115,6 +115,16 @@ class _Spare:
 
     def __init__(self) -> None:
         self._mappings: list[mmap.mmap] = []
+        self._lent: list[mmap.mmap] = []
+
+    def lend(self, size: int, most: int) -> mmap.mmap:
+        """A mapping of ``size`` bytes or more, of which somebody else has no use, or a new one."""
+        mapping = self.take(size)
+        if mapping is None:
+            self._trim(most - size)
+            mapping = _mapping(size)
+        self._lent.append(mapping)
+        return mapping
 
     def take(self, size: int) -> mmap.mmap | None:
         """The shortest mapping of ``size`` bytes or more, unless it is twice as long."""
@@ -126,11 +136,17 @@ class _Spare:
         return None
 
     def keep(self, mapping: mmap.mmap, most: int) -> None:
-        """Keep a mapping, and the latest of the others, up to ``most`` bytes in all."""
+        """Keep a mapping that was lent, and the latest of the others, up to ``most`` bytes with those that are lent."""
+        with contextlib.suppress(ValueError):
+            self._lent.remove(mapping)
         with contextlib.suppress(OSError):
             mapping.madvise(_RECLAIMABLE)
             self._mappings.append(mapping)
-        while sum(map(len, tuple(self._mappings))) > most:
+        self._trim(most)
+
+    def _trim(self, most: int) -> None:
+        """Let the oldest go until there are ``most`` bytes with those that are lent."""
+        while self._mappings and sum(map(len, (*self._mappings, *self._lent))) > most:
             with contextlib.suppress(IndexError):
                 del self._mappings[0]
 
@@ -147,7 +163,7 @@ def _memory(size: int, spare: int) -> bytearray | mmap.mmap | memoryview:
     length = _rounded(size)
     if length > spare or _RECLAIMABLE < 0:
         return _mapping(size)
-    mapping = _SPARE.take(length) or _mapping(length)
+    mapping = _SPARE.lend(length, spare)
     try:
         lent = _lent(mapping)
     except (ImportError, OSError):  # a library cannot be opened when there are too many open files

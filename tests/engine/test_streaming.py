@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from servers import Nginx
 from wire import HOLD, Wire
 
 from holotensor_net.config import NetworkConfig, RetryConfig
@@ -23,7 +27,7 @@ from holotensor_net.engine.loader import NetworkLoader
 from holotensor_net.engine.streaming import StreamingLoader
 from holotensor_net.errors import Cancelled, ConfigurationError, InvalidUrl, NotFound, Timeout
 from holotensor_net.origin import Behaviour, Origin
-from holotensor_net.values import LoadRequest, LoadResult, LoadSuccess, Priority, RangeRequest
+from holotensor_net.values import LoadRequest, LoadResult, LoadSuccess, Priority, RangeRequest, blake3_of
 
 CHUNK = 4096
 DATA = random.Random(3).randbytes(3 * CHUNK)
@@ -459,3 +463,86 @@ def test_a_stream_that_is_forgotten_goes_once_nothing_of_it_is_on_its_way(
     assert loader.update_priority(NAMES[1], Priority.HIGH) is True
     del stream
     until(lambda: loader.update_priority(NAMES[1], Priority.HIGH) is False)
+
+
+# --- a consumer that rests, in a process of its own, whose memory is looked at
+
+BUDGET = 32 << 20
+WHOLE = 128 << 20
+RESTING = """\
+import json, sys, threading, time
+from blake3 import blake3
+from holotensor_net import CdnEndpoint, LoadRequest, NetworkConfig, NetworkLoader
+
+url, budget, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+spans = json.load(sys.stdin)
+
+def resident():
+    with open("/proc/self/status") as told:
+        return sum(int(line.split()[1]) << 10 for line in told if line.startswith("VmRSS:"))
+
+peaks, over = [resident()], threading.Event()
+
+def watch():
+    while not over.wait(0.01):
+        peaks.append(resident())
+
+config = NetworkConfig(endpoints=(CdnEndpoint(url),), cache_dir=False, memory_budget=budget)
+requests = [LoadRequest(str(number), "object", byte_range=tuple(span)) for number, span in enumerate(spans)]
+digests, taken = {}, 0
+with NetworkLoader(config) as loader, loader.stream(requests) as stream:
+    before = resident()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for result in stream:
+        assert result.fragment_id not in digests
+        digests[result.fragment_id] = blake3(result.data).hexdigest()
+        taken += len(result.data)
+        if len(digests) == 8:
+            del result
+            end, before_that = time.monotonic() + 30, -1
+            while (at_rest := loader.stats()).connections or at_rest.bytes_fetched != before_that:
+                assert time.monotonic() < end, "the network never rests"
+                before_that = at_rest.bytes_fetched
+                time.sleep(0.1)
+            time.sleep(pause)
+            still = loader.stats()
+            ahead = still.bytes_fetched - taken
+    over.set()
+    watcher.join()
+    told = {"digests": digests, "grown": max(peaks) - before, "ahead": ahead,
+            "rest": [at_rest.bytes_fetched, still.bytes_fetched, still.connections]}
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what memory is in use")
+@pytest.mark.parametrize("pause", [0.5, pytest.param(10.0, marks=pytest.mark.slow)])
+def test_who_rests_makes_the_network_rest_and_the_memory_stays_within_its_budget(
+    nginx: Callable[..., Nginx], tmp_path: Path, pause: float
+) -> None:
+    chance = random.Random(11)
+    noise = chance.randbytes(1 << 20)
+    data = b"".join(number.to_bytes(8, "little") + noise[8:] for number in range(WHOLE >> 20))
+    (tmp_path / "object").write_bytes(data)
+    spans, start = [], 0
+    while start < WHOLE:
+        stop = min(WHOLE, start + chance.choice((200_000, 1 << 20, 1_500_000, 4 << 20)))
+        spans.append((start, stop))
+        start = stop
+    ended = subprocess.run(
+        [sys.executable, "-c", RESTING, nginx(tmp_path).url, str(BUDGET), str(pause)],
+        input=json.dumps(spans),
+        capture_output=True,
+        text=True,
+        timeout=90 + pause,
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told["digests"] == {str(number): blake3_of(data[slice(*span)]) for number, span in enumerate(spans)}
+    first, last, connections = told["rest"]
+    assert first == last
+    assert connections == 0
+    assert BUDGET // 2 < told["ahead"] <= BUDGET
+    # What was handed over stays in memory as a cache, a quarter as much; the rest are threads, and the allocator's.
+    assert told["grown"] < BUDGET * 5 // 4 + (48 << 20)

@@ -221,6 +221,21 @@ def test_no_more_is_kept_than_may_be(spare: memory._Spare, most: int, kept: int)
     assert len(spare._mappings) == (kept if hasattr(mmap, "MADV_FREE") else 0)
 
 
+@reclaims
+def test_what_is_kept_and_what_is_in_use_are_no_more_together_than_may_be(spare: memory._Spare) -> None:
+    parts = [MemoryPart(2 * MIB, spare=8 * MIB) for _ in range(4)]
+    for part in parts[:3]:
+        part.discard()
+    assert len(spare._mappings) == 3
+    large = MemoryPart(5 * MIB, spare=8 * MIB)  # for which what is kept is too small
+    assert len(spare._mappings) == 0
+    large.discard()
+    assert [len(kept) for kept in spare._mappings] == [5 * MIB]
+    parts[3].discard()
+    assert sum(map(len, spare._mappings)) == 7 * MIB
+    assert not spare._lent
+
+
 @pytest.mark.usefixtures("spare")
 def test_bytes_that_are_held_never_change_whoever_is_given_memory() -> None:
     def work(number: int) -> None:
