@@ -17,7 +17,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ..errors import ConfigurationError, without_query
 from ..values import LoadRequest, Priority
@@ -162,11 +162,22 @@ class PriorityQueue:
 
     def discard(self, fragment: PrioritizedFragment) -> bool:
         """Take out exactly this fragment. False if it was not here."""
+        if fragment._arrival == _NOT_QUEUED:
+            return False
         with self._lock:
             is_here = self._queued.find(fragment._arrival) is fragment
             if is_here:
                 self._forget(fragment)
             return is_here
+
+    def discard_all(self, fragments: Iterable[PrioritizedFragment]) -> None:
+        """:meth:`discard` for each."""
+        with self._lock:
+            for fragment in fragments:
+                if self._queued.find(fragment._arrival) is fragment:
+                    self._queued.remove(fragment)
+                    fragment._arrival = _NOT_QUEUED
+            self._sweep()
 
     def clear(self) -> list[PrioritizedFragment]:
         """Take out everything, in no order."""

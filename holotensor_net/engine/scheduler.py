@@ -131,6 +131,18 @@ class _Shorts:
         if self._fragments.pop(key, None) is not None:
             del self._keys[bisect.bisect_left(self._keys, key)]
 
+    def discard_all(self, fragments: Sequence[PrioritizedFragment]) -> None:
+        """``discard`` for fragments in order, which mostly stand side by side."""
+        keys = [(r.start, r.stop, id(each)) for each in fragments if (r := each.request.byte_range) is not None]
+        first = bisect.bisect_left(self._keys, keys[0])
+        if self._keys[first : first + len(keys)] == keys:
+            del self._keys[first : first + len(keys)]
+            for key in keys:
+                del self._fragments[key]
+        else:
+            for fragment, (start, stop, _) in zip(fragments, keys, strict=True):
+                self.discard(fragment, RangeRequest(start, stop))
+
     def around(self, wanted: RangeRequest, level: Priority, *, gap: int, length: int) -> list[PrioritizedFragment]:
         """Those of one level that a request for ``wanted`` could come to bring along, in order and without overlaps, if
         it grows to ``length`` bytes at most, over gaps of at most ``gap`` bytes."""
@@ -185,6 +197,9 @@ class Scheduler:
         lock = threading.RLock()
         self._changed = threading.Condition(lock)  # for whoever waits for a piece
         self._room = threading.Condition(lock)  # for whoever waits for the queue to grow shorter
+        # Bytes of a piece that goes alone, or brings others along: where the rate does not tell what is long.
+        self._modest = min(self.config.chunk_size, _MODEST)
+        self._short = self._modest // 4
         arrivals, is_adaptive = itertools.count(), self.config.monitor_bandwidth
         self.lanes = [
             Lane(
@@ -243,6 +258,7 @@ class Scheduler:
                 )
             if not self._closed and fragment.state is not _SETTLED:
                 self._put(fragment, alone=alone, whole=whole)
+                self._changed.notify()
 
     def push_all(
         self, entries: Sequence[tuple[PrioritizedFragment, bool, bool]]
@@ -250,13 +266,18 @@ class Scheduler:
         """``push`` for fragments, each with its ``alone`` and ``whole``, without a wait; gives those for which there
         is no room."""
         with self._changed:
+            room = self.config.queue_limit - self.queue_len
+            left: Sequence[tuple[PrioritizedFragment, bool, bool]] = ()
             for index, (fragment, alone, whole) in enumerate(entries):
                 if fragment.state is _SETTLED or self._closed:
                     continue
-                if not self._has_room():
-                    return entries[index:]
+                if room <= 0:
+                    left = entries[index:]
+                    break
+                room -= 1
                 self._put(fragment, alone=alone, whole=whole)
-            return ()
+            self._changed.notify(len(entries) - len(left))
+            return left
 
     def enqueue_many(self, requests: Iterable[LoadRequest]) -> list[PrioritizedFragment]:
         """Queue fragments, in order."""
@@ -311,6 +332,7 @@ class Scheduler:
             left = deque(rest)
             fragment.state = Plan(left, stop) if left else None
             self._put(fragment, alone=alone, whole=whole)
+            self._changed.notify()
 
     # -- out
 
@@ -572,15 +594,6 @@ class Scheduler:
 
     # -- inside: all of it with the Condition held
 
-    @property
-    def _short(self) -> int:
-        return self._modest // 4
-
-    @property
-    def _modest(self) -> int:
-        """Bytes of a piece that goes alone, or brings others along: where the rate does not tell what is long."""
-        return min(self.config.chunk_size, _MODEST)
-
     def _queue_of(self, fragment: PrioritizedFragment) -> PriorityQueue:
         return self.lanes[fragment.lane].queue
 
@@ -626,10 +639,13 @@ class Scheduler:
             opening = _opening(fragment.request, self._modest)
             fragment.state = Plan(deque([opening]), opening.stop, whole=True)
         elif not alone and wanted is not None and wanted.length <= self._short and not fragment.request.allow_short:
-            self._shorts.setdefault(_neighbourhood(fragment), _Shorts()).add(fragment, wanted)
+            where = _neighbourhood(fragment)
+            shorts = self._shorts.get(where)
+            if shorts is None:
+                shorts = self._shorts[where] = _Shorts()
+            shorts.add(fragment, wanted)
         self._queue_of(fragment).push(fragment)
         self._is_urgent_queued |= fragment.priority == Priority.CRITICAL
-        self._changed.notify()
 
     def _plan(self, fragment: PrioritizedFragment) -> Plan:
         """The plan of a fragment; if it has none yet, all of its ranges where that is safe, else the first."""
@@ -743,7 +759,28 @@ class Scheduler:
         around = shorts.around(wanted, fragment.priority, gap=gap, length=self._modest)
         ranges = [neighbour.request.byte_range or wanted for neighbour in around]
         joined = join_neighbours(wanted, ranges, max_gap=gap, max_length=self._modest)
-        return [self._part(around[index], self._take_range(around[index])) for index in joined]
+        return self._take_shorts(shorts, [around[index] for index in joined])
+
+    def _take_shorts(self, shorts: _Shorts, fragments: list[PrioritizedFragment]) -> list[Part]:
+        """Hand out neighbours as they are: what is done for each fragment alone is done for all of them at once."""
+        begun = [self._part(each, self._take_range(each)) for each in fragments if each.state is not None]
+        whole = [each for each in fragments if each.state is None]
+        parts = []
+        for fragment in whole:
+            wanted = fragment.request.byte_range
+            assert wanted is not None
+            is_safe = _is_safe(fragment.request)
+            plan = Plan(deque(), wanted.stop, whole=not is_safe, queued=False, place=fragment.place)
+            fragment.state = plan
+            parts.append(Part(fragment, wanted, plan))
+        if whole:
+            self._queue_of(whole[0]).discard_all(whole)
+            self._parked.update(whole)
+            self._room.notify_all()
+            shorts.discard_all(whole)
+            if not shorts:
+                self._shorts.pop(_neighbourhood(whole[0]), None)
+        return begun + parts
 
     def _forget_queued(self) -> list[PrioritizedFragment]:
         with self._changed:
