@@ -101,9 +101,12 @@ class Ledger:
         return True
 
     def tell(self, *items: Item) -> None:
-        """Let everybody know, and take in what others have told."""
+        """Let everybody know, and take in what others have told; at least this, if some of that was missed."""
         self.announce(*items)
-        self.is_counted()
+        if not self.is_counted():
+            with self._lock:
+                for item in items:
+                    self._apply(item)
 
     def announce(self, *items: Item) -> None:
         """Let everybody know; this process will hear of it when it next asks."""

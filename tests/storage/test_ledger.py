@@ -78,6 +78,19 @@ def test_an_entry_that_names_other_bytes_lets_go_of_the_first(folder: Folder) ->
     assert ledger.unnamed() == [A]
 
 
+def test_who_has_missed_something_knows_of_its_own_doings_at_least(folder: Folder) -> None:
+    ledger = folder.ledger()
+    ledger.refresh()
+    ledger.tell(blob(B, 20), Item(Kind.ENTRY, OTHER, B))
+    (folder.path / "news").unlink()
+    for digest, name in ((A, ENTRY), (B, OTHER)):
+        ledger.tell(Item(Kind.NO_ENTRY, name))
+        assert not ledger.is_named(digest)
+        ledger.tell(Item(Kind.NO_BLOB, other=digest))
+    assert ledger.size == 0
+    assert not ledger.is_counted()
+
+
 def test_what_happens_during_the_look_counts(folder: Folder) -> None:
     ledger, other = folder.ledger(), folder.ledger()
 
