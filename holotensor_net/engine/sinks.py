@@ -16,6 +16,9 @@ __all__ = ["Bounded", "Scatter"]
 _LONG = 64 * 1024
 """Bytes of a place from which a read of its own costs less than a copy."""
 
+_PIPED = 512 * 1024
+"""Bytes of which a pipe of a mebibyte can hold all, though pages of packets are not full."""
+
 
 class Scatter:
     """Writes a stream of one object's bytes to the places that want parts of it."""
@@ -57,7 +60,7 @@ class Scatter:
         multiple of ``most``, if they belong into one file, and are many."""
         match self._alone(offset, most):
             case _, PartFile(), length:
-                return min(length, self.block(offset, most))
+                return min(length, self.block(offset, min(most, _PIPED)))
         return 0
 
     def take(self, offset: int, pipe: int, size: int) -> None:

@@ -70,8 +70,8 @@ class Answer:
 
 @dataclass(slots=True)
 class Transfer:
-    """How far one transfer has come: bytes up to ``position`` are written. ``version`` is a strong validator;
-    ``claims`` are what the answers said of the bytes that are under way."""
+    """How far one transfer has come: bytes up to ``position`` are written, ``ahead`` more are in the client's buffer.
+    ``version`` is a strong validator; ``claims`` are what the answers said of the bytes that are under way."""
 
     ask: Ask
     position: int
@@ -80,6 +80,7 @@ class Transfer:
     size: int | None
     head: HeadInfo | None = None
     write: Write | None = None
+    ahead: int = 0
     requests: int = 0
     done: bool = False
     not_modified: bool = False
@@ -149,7 +150,7 @@ class Transfer:
     def room(self, most: int) -> memoryview | None:
         """The memory where the next bytes belong, ``most`` of them at most; None if they have to be written there."""
         room: Room | None = getattr(self.write, "room", None)
-        return None if room is None else room(self.position, most)
+        return None if room is None or self.ahead else room(self.position, most)
 
     def block(self, most: int) -> int:
         """How many of the next bytes, of ``most``, are best written at once."""

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import logging
 import os
+import random
 import re
 import signal
 import socket
@@ -1699,6 +1700,25 @@ def test_a_server_that_nobody_vouches_for_is_refused(client: Open) -> None:
         with pytest.raises(ConnectionFailed, match=r"no secure connection.*certificate"):
             client(wire).fetch("a")
         assert not wire.requests
+
+
+def test_what_comes_in_small_records_is_written_in_blocks(client: Open, trust: str) -> None:
+    data = random.Random(0).randbytes((1 << 20) + 50)
+    written: dict[int, bytes] = {}
+
+    def sink(head: HeadInfo, coming: RangeRequest | None) -> Write:
+        return lambda offset, block: written.update({offset: bytes(block)})
+
+    end = len(data)
+    with Wire([part(data, 0, end, etag=TAG)[:-7], END], part(data, end - 7, end, etag=TAG), tls=True) as wire:
+        client(wire, verify=trust, retry=QUICK).transfer(Ask("a", RangeRequest(0, end)), sink)
+    assert [(offset, len(block)) for offset, block in written.items()] == [
+        (0, 1 << 19),
+        (1 << 19, 1 << 19),
+        (1 << 20, end - 7 - (1 << 20)),
+        (end - 7, 7),
+    ]
+    assert b"".join(written.values()) == data
 
 
 def test_a_server_may_be_trusted_blindly(client: Open) -> None:
