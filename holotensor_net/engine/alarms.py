@@ -58,12 +58,21 @@ class Alarms:
             entry = (moment, next(self._numbers), alarm)
             heapq.heappush(self._times, entry)
             if self._thread is None:
-                thread = threading.Thread(target=self._run, name=self._name)
-                thread.start()
-                self._thread = thread
+                self._begin()
             elif self._times[0] is entry:
                 self._changed.notify()
         return alarm
+
+    def _begin(self) -> None:
+        """Start the thread; where the machine gives none, the next alarm that is set asks for one again. With the lock
+        held."""
+        thread = threading.Thread(target=self._run, name=self._name)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            _log.warning("deadlines are late, as no thread could be started for them: %s", error)
+        else:
+            self._thread = thread
 
     def cancel(self, alarm: Alarm) -> None:
         """Have it not ring, if it has not; O(log n), as what is cancelled is swept out only once it is the most."""

@@ -118,3 +118,20 @@ def test_a_thread_that_cannot_be_started_is_started_the_next_time(
             alarms.at(time.monotonic(), subject, lambda _: None)
     alarms.at(time.monotonic(), subject, lambda _: rung.set())
     assert rung.wait(NEVER)
+
+
+def test_where_no_thread_can_be_started_the_next_alarm_rings_for_both(
+    alarms: Alarms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    rung: SimpleQueue[str] = SimpleQueue()
+    first, second, now = Subject(), Subject(), time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        alarms.at(now, first, lambda _: rung.put("first"))
+    assert "can't start new thread" in caplog.text
+    assert rung.empty()
+    alarms.at(now + 0.01, second, lambda _: rung.put("second"))
+    assert [rung.get(timeout=NEVER), rung.get(timeout=NEVER)] == ["first", "second"]
