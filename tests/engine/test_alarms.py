@@ -105,21 +105,6 @@ def test_the_thread_ends_though_the_time_of_what_was_cancelled_is_far_off(alarms
     assert "test-alarms" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_thread_that_cannot_be_started_is_started_the_next_time(
-    alarms: Alarms, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    rung, subject = threading.Event(), Subject()
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", fail)
-        with pytest.raises(RuntimeError):
-            alarms.at(time.monotonic(), subject, lambda _: None)
-    alarms.at(time.monotonic(), subject, lambda _: rung.set())
-    assert rung.wait(NEVER)
-
-
 def test_where_no_thread_can_be_started_the_next_alarm_rings_for_both(
     alarms: Alarms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
