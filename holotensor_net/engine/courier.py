@@ -227,6 +227,7 @@ class Courier:
                 on_request=self._after_first(patience, race),
                 on_bytes=lambda size: self._pace(size, piece, patience, race),
                 on_retry=lambda error: self._note_retry(error, endpoint),
+                may_retry=lambda error: not self._is_crowded(error, endpoint),
                 interrupt=race.first,
                 window=partial(self._scheduler.window, piece),
                 stride=self._scheduler.stride,
@@ -440,17 +441,19 @@ class Courier:
 
     def failed(self, shares: list[Share], error: NetworkError, endpoint: int) -> bool:
         """An endpoint has failed to bring a piece; True if that is not the last word, and it may be asked again."""
+        is_crowded = self._is_crowded(error, endpoint)
         with self._lock:
-            is_passing = self._report(endpoint, error) or (
-                silence_of(error) > _SHORTER_THAN_TO_MOVE and self._alternative(shares, endpoint) is not None
-            )
-            is_crowded = is_refusal(error) and self._is_serving(endpoint)
+            if is_crowded:
+                self._routes.released(endpoint)
+            is_passing = is_crowded or self._report(endpoint, error)
+            if not is_passing and silence_of(error) > _SHORTER_THAN_TO_MOVE:
+                is_passing = self._alternative(shares, endpoint) is not None
             self._changed.notify_all()
         if is_refusal(error):
             self._scheduler.refused(endpoint)
         if is_crowded:
             self._closing.wait(_CROWDED)
-        return is_passing or is_crowded
+        return is_passing
 
     def blame(self, endpoint: int, error: NetworkError) -> None:
         """What an endpoint brought was not what it should be."""
@@ -476,10 +479,13 @@ class Courier:
         if isinstance(error, RateLimited | Timeout):
             self._scheduler.refused(endpoint)
 
-    def _is_serving(self, endpoint: int) -> bool:
-        """Whether the endpoint is answering others: who is refused there was one too many, and is asked for again when
-        fewer are. With the lock held."""
-        return any(race.endpoint == endpoint and race.headed and not race.is_over for race in self._races)
+    def _is_crowded(self, error: NetworkError, endpoint: int) -> bool:
+        """Whether the endpoint has refused a piece while it serves others: that was one too many. It does not ask
+        again by itself, but gives its connection up; it is asked for again when fewer are, and nobody is to blame."""
+        if not is_refusal(error):
+            return False
+        with self._lock:
+            return any(race.endpoint == endpoint and race.headed and not race.is_over for race in self._races)
 
     def _report(self, endpoint: int, error: NetworkError) -> bool:
         """Tell the routes how an endpoint did; True if its loads should wait for it. With the lock held."""

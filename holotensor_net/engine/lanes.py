@@ -11,12 +11,16 @@ from .priority import PriorityQueue
 
 __all__ = ["Lane", "may_begin"]
 
+_AHEAD = 2  # connections that may be begun before those that are as many as never before have been answered
+_SPACING = 0.005  # seconds after which another one may be begun all the same
+
 
 class Lane:
     """What goes to one host. Not thread-safe, but for its ``queue``: its owner has a lock. Times are arguments.
 
     ``active`` pieces are in flight, ``urgent`` ones among them of level CRITICAL. ``ceiling``: connections, at most;
-    where it ``is_adaptive``, a controller finds the least that fill the path.
+    where it ``is_adaptive``, a controller finds the least that fill the path. A number that the host has not answered
+    at yet is gone up to step by step: one that refuses any more has few to refuse.
     """
 
     def __init__(self, queue: PriorityQueue, ceiling: int, *, is_adaptive: bool, now: float) -> None:
@@ -30,6 +34,9 @@ class Lane:
         self._is_idle = True
         self._served: set[object] = set()  # those of which bytes have come
         self._most_served = 0  # at once, since the limit was changed
+        self._ranks: dict[object, int] = {}  # how many there were with each that has not been answered yet
+        self._answered = self.limit  # this many, at once
+        self._begun_at = now
         self._begin_interval(now)
 
     @property
@@ -47,32 +54,37 @@ class Lane:
         """Connections that could be used, urgent ones beyond the limit aside."""
         return self.limit if len(self.queue) else min(self.active, self.limit)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether another piece may begin, as far as the host is concerned. Lower levels give way to CRITICAL, so that
-        their connections hardly count."""
+    def delay(self, now: float) -> float | None:
+        """Seconds until another piece may begin, as far as the host is concerned; None for until something changes.
+        Lower levels give way to CRITICAL, so that their connections hardly count."""
+        if self.active < min(self.limit, self._answered + _AHEAD):
+            return 0.0
         if self.active < self.limit:
-            return True
+            return max(0.0, self._begun_at + _SPACING - now)
         if self.active >= self.most or self.urgent >= self.limit:
-            return False
+            return None
         first = self.queue.peek()
-        return first is not None and first.priority == Priority.CRITICAL
+        return 0.0 if first is not None and first.priority == Priority.CRITICAL else None
 
     # -- what happens
 
-    def begin(self, now: float) -> None:
+    def begin(self, piece: object, now: float) -> None:
         """Another piece is in flight."""
         if self._is_idle:
             self._is_idle = False
             self._begin_interval(now)
         self._account(now)
         self.active += 1
+        self._begun_at = now
+        if self.active > self._answered:
+            self._ranks[piece] = self.active
 
     def end(self, piece: object, now: float) -> bool:
         """A piece is no longer in flight; whether the limit has risen."""
         self._account(now)
         self.active -= 1
         self._served.discard(piece)
+        self._ranks.pop(piece, None)
         # Between two pieces of a lone connection the interval goes on: it would never come to its end.
         self._is_idle = not self.active and not len(self.queue)
         return self._revise(now, force=self._is_idle)
@@ -82,6 +94,7 @@ class Lane:
         if piece is not None:
             self._served.add(piece)
             self._most_served = max(self._most_served, len(self._served))
+            self._answered = max(self._answered, self._ranks.pop(piece, 0))
         self._account(now)
         self._bytes += size
         self._squares += size * size
@@ -138,6 +151,8 @@ class Lane:
             )
             if self.limit != before:
                 self._most_served = len(self._served)
+            if self._refusals:
+                self._answered = min(self._answered, self.limit)
         self._begin_interval(now)
         return self.limit > before
 

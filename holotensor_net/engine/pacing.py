@@ -30,6 +30,7 @@ _CHANGE = 0.2  # of a logarithm: a rate so different is another path
 _PATIENCE = 20  # intervals in which a higher number may fail to come into use
 _RETRY = 15.0  # seconds before a number that was refused is tried again
 _LONGEST_RETRY = 300.0
+_DEAF = 0.2  # seconds for which what was asked before a refusal is still being answered
 _ENOUGH_BYTES = 128 * 1024  # of a sample
 _ENOUGH_LUMPS = 8  # of a sample
 _ENOUGH_SECONDS = 1.0
@@ -145,6 +146,8 @@ class ConcurrencyController:
         self._round_trip = interval.round_trip
         if self._refusals.are_too_many(interval, self.limit, is_trial=self.limit > self._base):
             self._back_off(interval.served)
+        elif self._refusals.is_deaf and not interval.refusals:
+            self._keep_what_is_served(interval.served)
         elif interval.saturated and self._is_in_use(interval.active):
             if self._settling > 0:
                 self._settling -= interval.seconds
@@ -308,36 +311,58 @@ class ConcurrencyController:
         self._try_fewer()
 
     def _back_off(self, served: int) -> None:
-        """To what was served, if that is known to be less; but no lower than half, as not all may have begun yet."""
+        """To what was served, if that is known; but no lower than half, as not all may have begun yet."""
         if self.limit <= self._base:
-            self._base = max(1, min(self._base - 1, self._base * 3 // 4))
+            fewer = self._base - 1 if self._refusals.was_told else self._base * 3 // 4
+            self._base = max(1, min(self._base - 1, fewer))
         if served:
             self._base = max(1, min(self._base, max(served, self._base // 2)))
+        self._keep_what_is_served(served)
         self._forget()
         self._fewer_in = _FEWER_AFTER
+
+    def _keep_what_is_served(self, served: int) -> None:
+        """Where some are refused, as many as are served are what may be had. Fewer than were accepted before prove
+        nothing: they were not all at work."""
+        if self._base <= served < self._refusals.refused:
+            self._base = self._refusals.served = served
 
 
 class _Refusals:
     """Which numbers of connections the server refused, and when to ask again.
 
     One refusal ends a trial of more connections. At rest one may be chance, and two within a second or so take a
-    quarter of the connections away; where there are many, it takes one refusal for every twelve. The search goes on
-    below the number that was refused, half way each time. That number itself is tried again after 15 seconds, and the
-    wait is doubled each time that it is refused again.
+    quarter of the connections away; where there are many, it takes one refusal for every twelve; but each takes one
+    away where the number is one that was served while others were refused. As many as were served
+    while others were refused are the most that there are; where that is not known, the search goes on below the number
+    that was refused, half way each time. What was refused is tried again after 15 seconds, and the wait is doubled each
+    time that it is refused again.
     """
 
     def __init__(self, ceiling: int) -> None:
         self._ceiling = ceiling
         self._refused: int | None = None
+        self.served = 0  # at once, while others were refused; 0 if that is not known
+        self.was_told = False  # how many are served, before the last refusal
         self._score = 0.0
         self._deaf = 0.0
         self._wait = 0.0
         self._next_wait = _RETRY
 
     @property
+    def is_deaf(self) -> bool:
+        """Whether what was asked before the limit was lowered is still being answered."""
+        return self._deaf > 0
+
+    @property
+    def refused(self) -> int:
+        """The least number that was refused; one too many, if none was."""
+        return self._ceiling + 1 if self._refused is None else self._refused
+
+    @property
     def most(self) -> int:
         """Numbers up to this one have not been refused."""
-        return self._ceiling if self._refused is None else self._refused - 1
+        return self.refused - 1
 
     def are_too_many(self, interval: Interval, limit: int, *, is_trial: bool) -> bool:
         self._wait -= interval.seconds
@@ -345,12 +370,13 @@ class _Refusals:
         if self._deaf > 0:  # refused before the limit was lowered
             return False
         self._score = self._score * math.exp(-interval.seconds) + interval.refusals
-        if not interval.refusals or self._score < max(1 if is_trial else 2, limit / 12):
+        self.was_told = self.served > 0
+        if not interval.refusals or self._score < (1 if is_trial or self.was_told else max(2, limit / 12)):
             return False
         if self._refused is not None and limit >= self._refused:
             self._next_wait = min(2 * self._next_wait, _LONGEST_RETRY)
-        self._refused, self._wait = limit, self._next_wait
-        self._score, self._deaf = 0.0, 0.5
+        self._refused, self._wait, self.served = limit, self._next_wait, 0
+        self._score, self._deaf = 0.0, _DEAF
         return True
 
     def allow(self, base: int, wanted: int) -> int:
@@ -359,6 +385,8 @@ class _Refusals:
         if self._refused is None:
             return wanted
         if self._wait > 0:
+            if self.served:
+                return min(wanted, max(base, self.served))
             return min(wanted, self._refused - 1, (base + self._refused + 1) // 2)
         return min(wanted, max(base + 1, self._refused))
 

@@ -346,10 +346,11 @@ class Scheduler:
                 if self._closed or not self.queue_len:
                     return None
                 now = self._clock()
-                lane = self._next_lane()
-                wait = None if lane is None else self._ration(now)
-                if lane is not None and wait is not None and wait <= 0:
-                    return self._take(lane, now)
+                lane, wait = self._next_lane(now)
+                if lane is not None:
+                    wait = self._ration(now)
+                    if wait <= 0:
+                        return self._take(lane, now)
                 if end is not None:
                     wait = end - now if wait is None else min(wait, end - now)
                     if wait <= 0:
@@ -370,7 +371,7 @@ class Scheduler:
             at, now = self.lanes[lane], self._clock()
             if self._in_flight[piece] is at:
                 return True
-            if at.has_room and may_begin(at, self.lanes, self.config.max_concurrent):
+            if at.delay(now) is not None and may_begin(at, self.lanes, self.config.max_concurrent):
                 self._in_flight[piece].end(piece, now)
                 self._begin(piece, at, now)
                 return True
@@ -597,18 +598,22 @@ class Scheduler:
     def _queue_of(self, fragment: PrioritizedFragment) -> PriorityQueue:
         return self.lanes[fragment.lane].queue
 
-    def _next_lane(self) -> Lane | None:
-        """That of the most urgent fragment that may be begun; None until something changes."""
+    def _next_lane(self, now: float) -> tuple[Lane | None, float | None]:
+        """That of the most urgent fragment that may be begun; else the seconds until one may, or None for until
+        something changes."""
         best: tuple[float, int] | None = None
-        chosen = None
+        chosen, wait = None, None
         for lane in self.lanes:
             first = lane.queue.peek()
-            if first is None or not (lane.has_room and may_begin(lane, self.lanes, self.config.max_concurrent)):
+            delay = None if first is None else lane.delay(now)
+            if first is None or delay is None or not may_begin(lane, self.lanes, self.config.max_concurrent):
                 continue
             order = first.effective_priority, first.place
-            if best is None or order < best:
+            if delay > 0:
+                wait = delay if wait is None else min(wait, delay)
+            elif best is None or order < best:
                 best, chosen = order, lane
-        return chosen
+        return chosen, wait
 
     def _ration(self, now: float) -> float:
         """Seconds until the rate limits allow another piece."""
@@ -673,7 +678,7 @@ class Scheduler:
     def _begin(self, piece: Piece, lane: Lane, now: float) -> None:
         self._latest = lane
         self._in_flight[piece] = lane
-        lane.begin(now)
+        lane.begin(piece, now)
         lane.urgent += _is_urgent(piece)
 
     def _end(self, piece: Piece, now: float) -> None:

@@ -222,6 +222,7 @@ class HttpClient:
         on_bytes: Callable[[int], None] = lambda _: None,
         on_retry: Callable[[NetworkError], None] = lambda _: None,
         compressed: bool = False,
+        may_retry: Callable[[NetworkError], bool] = lambda _: True,
         interrupt: Interrupt | None = None,
         window: Callable[[], int | None] | None = None,
         stride: Callable[[], int] = lambda: _STRIDE,
@@ -230,11 +231,11 @@ class HttpClient:
 
         ``on_request`` is called before each request, retries and redirects included, and ``on_bytes`` told of every
         block as it arrives; both may wait (a rate limit) or raise. ``on_retry`` is told of every failure that is
-        followed by another attempt. ``interrupt`` cuts the transfer's connections; its event belongs into ``patience``,
-        which says in what error that ends. ``window`` says how many bytes may come ahead of being read, None for any
-        number, and ``stride`` how many a block may have; both are asked again and again. Raises ObjectChanged when the
-        version moves under the transfer, RangeNotSupported for a 200 to a range, ConfigurationError for an empty range,
-        RetriesExhausted, and the rest of the tree.
+        followed by another attempt, which ``may_retry`` may forbid. ``interrupt`` cuts the transfer's connections; its
+        event belongs into ``patience``, which says in what error that ends. ``window`` says how many bytes may come
+        ahead of being read, None for any number, and ``stride`` how many a block may have; both are asked again and
+        again. Raises ObjectChanged when the version moves under the transfer, RangeNotSupported for a 200 to a range,
+        ConfigurationError for an empty range, RetriesExhausted, and the rest of the tree.
         """
         self._settle()
         patience, allowance = patience or self._patience(), Allowance(self._host)
@@ -258,7 +259,13 @@ class HttpClient:
         with self._told_where(ask.path, wanted), self._sockets.interruptible(interrupt, window):
             if wanted is not None and not wanted.length:
                 raise ConfigurationError("HTTP cannot ask for an empty range: ask for one byte or more")
-            persist(attempt, self.config.retry, patience, may_retry=allowance.pays, on_retry=on_retry)
+            persist(
+                attempt,
+                self.config.retry,
+                patience,
+                may_retry=lambda error: may_retry(error) and allowance.pays(error),
+                on_retry=on_retry,
+            )
         allowance.give_back()
         assert state.head is not None
         delivered = None if state.not_modified else RangeRequest(state.start, state.position)

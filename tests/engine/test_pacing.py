@@ -1,7 +1,7 @@
 import itertools
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean
 
 import pytest
@@ -374,12 +374,25 @@ def test_refusals_on_the_way_from_before_the_last_step_down_are_not_counted_agai
     assert [controller.revise(storm) for _ in range(10)] == [12] * 10
 
 
-@pytest.mark.parametrize(("served", "limit"), [(0, 8), (6, 6), (1, 4), (8, 8), (20, 8)])
+@pytest.mark.parametrize(("served", "limit"), [(0, 8), (6, 6), (1, 4), (8, 8), (12, 12), (20, 8)])
 def test_what_was_served_is_what_remains_of_a_trial_that_is_refused(served, limit):
     controller = ConcurrencyController(64)
     while controller.limit < 16:
         controller.revise(Link(1e12, 20 * MB).interval(controller.limit))
     assert controller.revise(Interval(0.1, 10**6, 16.0, True, refusals=3, served=served)) == limit
+
+
+def test_what_turns_out_to_be_served_after_a_refusal_is_the_limit_for_a_while():
+    controller, link = ConcurrencyController(64), Link(1e12, 20 * MB)
+    while controller.limit < 16:
+        controller.revise(link.interval(controller.limit))
+    assert controller.revise(Interval(0.01, 10**6, 16.0, True, refusals=1, served=9)) == 9
+    assert controller.revise(Interval(0.1, 10**6, 14.0, True, served=11)) == 11
+    limits = [controller.revise(replace(link.interval(controller.limit), served=11)) for _ in range(48)]
+    assert max(limits) == 11  # for twelve seconds
+    link.accepts = 32
+    run(link, 120, controller=controller)
+    assert controller.limit >= 16
 
 
 def test_refusals_take_the_last_connection_but_one():

@@ -1136,6 +1136,33 @@ def test_critical_of_one_host_makes_lower_levels_of_all_give_way() -> None:
     assert not queue.gives_way(low)
 
 
+def test_more_connections_than_ever_before_are_begun_step_by_step() -> None:
+    clock = Clock()
+    queue = of_hosts(clock, 64)
+    push(queue, 0, *map(str, range(40)))
+    first = drain(queue)
+    assert len(first) == 4
+    listener = queue.lanes[0].controller = Listener(16)  # type: ignore[assignment]
+    assert len(drain(queue)) == 2  # two that may be too many
+    clock.now += 0.006
+    assert len(drain(queue)) == 1  # answers take long
+    more = queue.next(timeout=0)
+    assert more is None
+    queue.record(1, first[0])  # that there were as many before is no news
+    assert drain(queue) == []
+    newest = list(queue._in_flight)[-1]
+    queue.record(1, newest)
+    assert len(drain(queue)) == 2
+    assert (queue.active, listener.limit) == (9, 16)
+
+
+def test_whoever_waits_for_the_next_step_is_served_when_it_comes() -> None:
+    queue = Scheduler(NetworkConfig(endpoints=("https://0.example.com",)))  # by the real clock
+    queue.lanes[0].controller = Listener(16)  # type: ignore[assignment]
+    push(queue, 0, *map(str, range(16)))
+    assert [queue.next(timeout=5) is not None for _ in range(16)] == [True] * 16
+
+
 # --- everything at once
 
 
