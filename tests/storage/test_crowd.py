@@ -24,6 +24,7 @@ WORK = """
     from holotensor_net.storage.cache import CacheEntry, FragmentCache
 
     KEYS, VERSIONS = 64, 4
+    MOTHER = os.getpid()
     root, quota, seed, locks = sys.argv[1], *map(int, sys.argv[2:5])
     if not locks:
         import fcntl
@@ -42,6 +43,8 @@ WORK = """
 
     def go(cache, draw, count, hits):
         for _ in range(count):
+            if os.getppid() != MOTHER:
+                os._exit(6)
             key, dice, version = draw.randrange(KEYS), draw.random(), draw.randrange(VERSIONS)
             if dice < 0.85:
                 view = cache.get(str(key))
@@ -101,7 +104,7 @@ WORK = """
 """
 
 
-def run(root: Path, seed: int, way: str, *numbers: int, locks: bool = True, timeout: float = 100) -> None:
+def run(root: Path, seed: int, way: str, *numbers: int, locks: bool = True, timeout: float = 280) -> None:
     (root / "partial").mkdir(parents=True)
     arguments = [str(root), *map(str, (QUOTA, seed, int(locks))), way, *map(str, numbers)]
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(WORK), *arguments]
@@ -129,6 +132,7 @@ def check(root: Path) -> None:
     assert not list((root / "blobs").glob("*/*"))
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("locks", [True, False])
 def test_every_read_is_right_at_a_quarter_of_the_room(tmp_path: Path, locks: bool) -> None:
     run(tmp_path / "cache", 1, "crowd", 8, 8, 25_000 // 64, locks=locks)
@@ -141,6 +145,7 @@ def test_every_read_is_right_in_half_a_million(tmp_path: Path, locks: bool) -> N
     run(tmp_path / "cache", 2, "crowd", 8, 8, 500_000 // 64, locks=locks, timeout=1100)
 
 
+@pytest.mark.timeout(300)
 def test_killed_at_random_they_leave_old_new_or_nothing(tmp_path: Path) -> None:
     run(tmp_path / "cache", 7, "die", 200)
 
