@@ -268,7 +268,7 @@ class FragmentCache:
             with self._tolerant:
                 self._disk.note(name, count, last)
         with self._tolerant:
-            self._disk.collect()
+            self._disk.tidy()
 
     def close(self) -> None:
         """:meth:`sync`, and let go of what is held in memory, and of claims."""

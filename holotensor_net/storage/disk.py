@@ -58,6 +58,7 @@ class DiskTier:
         self._evicted = evicted
         self._ledger = Ledger(self._news, self.blobs.digests, self.blobs.left, self._named)
         self._sweeping = threading.Lock()
+        self._has_left = False
         with contextlib.suppress(CacheError):
             self.sweep()
 
@@ -130,6 +131,13 @@ class DiskTier:
                 for digest in self._ledger.loose().intersection(self._ledger.unnamed()):
                     self._delete(digest)
 
+    def tidy(self) -> None:
+        """:meth:`collect`, and make room for part files that were left."""
+        self.collect()
+        if self._has_left:
+            self._has_left = False
+            self._keep_to_limit()
+
     def shrink(self, limit: int, *, only_above: int = 0, anew: bool = True) -> int:
         """Drop the most dispensable entries and part files until ``limit`` bytes are left, if there are more than
         ``only_above``; gives the number of bytes freed. ``anew``: look at the folder first, as files may have gone."""
@@ -192,12 +200,18 @@ class DiskTier:
 
     def _make_room(self, blob: Item) -> None:
         """Let others go for what is about to be there, and tell of it before, unless there is room enough for many."""
-        most = self._config.max_size
-        low = most - most // 16  # a little more goes than has to, so that not every fragment to come sweeps again
-        if self.size() + blob.number > low:
+        if self.size() + blob.number > self._low:
             self._ledger.announce(blob)
-            if self.size() > most:
-                self.shrink(low, only_above=most, anew=False)
+            self._keep_to_limit()
+
+    def _keep_to_limit(self) -> None:
+        if self.size() > self._config.max_size:
+            self.shrink(self._low, only_above=self._config.max_size, anew=False)
+
+    @property
+    def _low(self) -> int:
+        """Bytes to shrink to: a few less than there may be, so that not every fragment to come sweeps again."""
+        return self._config.max_size - self._config.max_size // 16
 
     def _keep_free(self, size: int) -> None:
         """Let others go if ``size`` more bytes would leave less of the disk free than is to be. Raises InsufficientDisk
@@ -326,6 +340,7 @@ class DiskTier:
         if size is None:
             self._ledger.tell(Item(Kind.NO_PART, subject, token))
         else:
+            self._has_left = True
             self._ledger.tell(Item(Kind.PART, subject, token, size))
 
 

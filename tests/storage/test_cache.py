@@ -858,6 +858,12 @@ class TestQuota:
             assert cache.stats().disk_size == 3 * tail
             left(cache, "crashed", 1000)
         assert cache.prune(0) == 4 * tail + 1000
+        for number in range(4):
+            cache.put(f"{number}", payload(f"{number}", tail))
+        left(cache, "late", 1000)
+        assert cache.stats().disk_size == 5 * tail + 1000
+        cache.sync()
+        assert cache.stats().disk_size == 3 * tail
         assert of("partial", tmp_path) == of("blobs", tmp_path) == []
 
     @pytest.mark.parametrize("is_part", [True, False])
@@ -999,7 +1005,20 @@ class TestFailingDisk:
             with pytest.raises(CacheError, match="make sure that it is a folder"):
                 cache.create(10)
 
-    def test_full_disk(self, open_cache: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("is_told", [True, False])
+    def test_full_disk(
+        self,
+        open_cache: Open,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        is_told: bool,
+    ) -> None:
+        def refuse(_: Path) -> None:
+            raise PermissionError(errno.EACCES, "how full the disk is, is a secret")
+
+        if not is_told:
+            monkeypatch.setattr(shutil, "disk_usage", refuse)
         with tiny_disk(tmp_path / "disk", 1 << 18) as disk:
             cache = open_cache(directory=disk / "cache", memory_size=1 << 20)
             cache.put("before", payload("before", 1000))
