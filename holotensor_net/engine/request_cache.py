@@ -118,6 +118,7 @@ class RequestCache:
         self._user_agent = user_agent
         scopes = [endpoint.scope for endpoint in endpoints]
         self._place = functools.lru_cache(256)(lambda index, path: (endpoints[index].url_of(path), scopes[index]))
+        self._redacted = functools.lru_cache(256)(redact_url)
         self._clock = clock
         self._here = threading.local()  # each thread's last answer: it has others' fragments to keep
         self._sightings: dict[str, _Sighting] = {}
@@ -327,7 +328,7 @@ class RequestCache:
             return known[2]
         self._saw(request, endpoint, head.validator, head, self.now() if asked_at is None else asked_at)
         freshness = Freshness(head.headers)
-        url = redact_url(self._place(endpoint, path)[0])
+        url = self._redacted(self._place(endpoint, path)[0])
         variant = self._variant(endpoint, freshness.varies_on)
         entry = CacheEntry(
             fragment_id="",

@@ -641,14 +641,13 @@ def _template(method: str, url: str) -> requests.PreparedRequest:
 
 
 def _prepared(method: str, url: str, headers: Mapping[str, str]) -> requests.PreparedRequest:
-    with contextlib.suppress(requests.exceptions.InvalidHeader):  # it repeats what it refuses
-        if not any(_UNSENDABLE.search(value) for value in headers.values()):
-            template = _template(method, url)
-            request = requests.PreparedRequest()
-            request.method, request.url, request.hooks = template.method, template.url, template.hooks
-            request.prepare_headers(headers)
-            request.headers.update(template.headers)  # the credentials that its URL may hold
-            return request
+    if not any(map(_UNSENDABLE.search, headers.values())):  # requests would repeat what it refuses
+        template = _template(method, url)
+        request = requests.PreparedRequest()
+        request.method, request.url, request.hooks = template.method, template.url, template.hooks
+        request.headers = requests.structures.CaseInsensitiveDict(headers)
+        request.headers.update(template.headers)  # the credentials that its URL may hold
+        return request
     raise ConfigurationError(
         "a credential or a header holds what HTTP cannot carry: look for line ends, spaces in front and letters"
         " beyond Latin-1 in CdnEndpoint.auth and .headers"
