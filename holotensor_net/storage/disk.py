@@ -77,9 +77,8 @@ class DiskTier:
             self.entries.touch(name, self._clock())
             return Held(entry, view)
         present = entry if known is None else self.entries.read(name)
-        if present is not None and present.digest == entry.digest:
-            self.entries.remove(name)
-            self._ledger.tell(Item(Kind.NO_ENTRY, name))
+        if present is not None and present.digest == entry.digest and self.entries.remove(name):
+            self._ledger.tell(Item(Kind.NO_ENTRY, name), Item(Kind.NO_BLOB, other=_digest_in(entry)))
         return None
 
     def create(self, size: int | None, *, subject: str = "", note: Mapping[str, Any] | None = None) -> PartFile:
@@ -146,8 +145,7 @@ class DiskTier:
             if anew:
                 self.sweep()
             self._ledger.refresh(anew=anew)
-            before = self._ledger.size
-            if before <= only_above:
+            if self._ledger.size <= only_above:
                 return 0
             freed = self._sweep_orphans(limit)
             for name, bytes_freed in self._evictions(limit):
@@ -171,6 +169,7 @@ class DiskTier:
                 sound[blob] = self.blobs.check(*blob)
             if entry is None or not sound[blob]:
                 self.entries.remove(name)
+                self._ledger.announce(Item(Kind.NO_ENTRY, name))
                 broken[name] = name if entry is None else entry.fragment_id
         with self._sweeping:
             self._ledger.refresh(anew=True)

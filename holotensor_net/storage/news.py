@@ -79,12 +79,13 @@ class News:
                 if os.write(file.fileno(), data) < len(data):
                     return False
                 status = os.fstat(file.fileno())
+                if not status.st_nlink:
+                    self._opened(create=True)  # another file has followed
+                    continue
+                # Who writes across the limit begins the next file; should nobody have seen to it, anyone does.
                 if status.st_size - len(data) < self._most <= status.st_size or status.st_size > 2 * self._most:
                     self._follow(status.st_ino)
-                    return True
-                if status.st_nlink:
-                    return True
-                self._opened(create=True)  # another file has followed
+                return True
         return False
 
     def end(self) -> Place:
