@@ -33,6 +33,7 @@ __all__ = [
     "hold",
     "is_gone",
     "is_held",
+    "is_in_memory",
     "opened",
     "private_name",
     "read_all",
@@ -181,6 +182,25 @@ def _machine() -> str:
     with contextlib.suppress(OSError):
         known += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:12]
+
+
+def is_in_memory(fd: int) -> bool:
+    """Whether an open file lies in memory, as far as the system tells."""
+    device = os.fstat(fd).st_dev
+    return (os.major(device), os.minor(device)) in _memories()
+
+
+@functools.cache
+def _memories() -> frozenset[tuple[int, int]]:
+    """The devices of file systems in memory (proc(5): the third field; the first one behind the dash)."""
+    found = set()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+            mount, _, kind = line.partition(" - ")
+            if kind.split()[0] in ("tmpfs", "ramfs"):
+                major, _, minor = mount.split()[2].partition(":")
+                found.add((int(major), int(minor)))
+    return frozenset(found)
 
 
 def private_name(subject: str = "", *, owned: bool = True) -> str:

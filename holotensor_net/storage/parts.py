@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError
-from .files import Buffer, disown, flat, hold, private_name, subject_of, token_of, translated
+from .files import Buffer, disown, flat, hold, is_in_memory, private_name, subject_of, token_of, translated
 from .journal import TAIL, Journal, believed, blocks
 from .prefix import Prefix
 
@@ -65,17 +65,23 @@ class PartFile:
         return self._prefix.spans()
 
     def reserve(self) -> None:
-        """Ask the disk for all of the room at once."""
+        """Ask the disk for all of the room at once; where the disk is memory, only look whether it is there: to be
+        given it takes as long as to write, and nothing would be received meanwhile."""
         if not self._limit:
             return
+        size = self._limit + self._tail
         with self._using(writing=True) as fd, translated(f"reserve {self._limit} bytes", self._store.root):
+            if is_in_memory(fd):
+                _look_for_room(fd, size)
+                os.ftruncate(fd, size)
+                return
             try:
-                os.posix_fallocate(fd, 0, self._limit + self._tail)
+                os.posix_fallocate(fd, 0, size)
             except (AttributeError, OSError) as error:
                 # Not every system has it, nor every file system where there is it.
                 if getattr(error, "errno", None) not in (None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                     raise
-                os.ftruncate(fd, self._limit + self._tail)
+                os.ftruncate(fd, size)
 
     def write(self, offset: int, buffer: Buffer) -> None:
         """Put all of the buffer at ``offset``. Threads may write disjoint parts at once."""
@@ -242,6 +248,13 @@ def _abandon(fd: int, path: Path, owner: int) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
         disown(path.name)
+
+
+def _look_for_room(fd: int, size: int) -> None:
+    """Raises OSError where there is none for so many bytes."""
+    disk = os.fstatvfs(fd)
+    if disk.f_blocks and disk.f_bavail * disk.f_frsize < size:  # it has a limit
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _moved(pipe: int, fd: int, most: int, offset: int) -> int:

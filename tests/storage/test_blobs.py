@@ -20,10 +20,10 @@ import pytest
 from blake3 import blake3
 
 from holotensor_net.errors import CacheError, InsufficientDisk
-from holotensor_net.storage import blobs
+from holotensor_net.storage import blobs, parts
 from holotensor_net.storage import files as owners
 from holotensor_net.storage.blobs import BlobStore
-from holotensor_net.storage.files import digest_of, flat, opened, read_all
+from holotensor_net.storage.files import digest_of, flat, is_in_memory, opened, read_all
 from holotensor_net.storage.parts import PartFile
 
 LARGE = 1 << 17  # mapped; smaller ones are read
@@ -513,6 +513,32 @@ class TestFailingDisk:
             monkeypatch.setattr(os, "posix_fallocate", fail)
         with store.create(100) as part:
             assert part.size == 100
+
+    def test_in_memory_nothing_is_reserved_but_room_is_looked_for(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(parts, "is_in_memory", lambda fd: True)
+        with store.create(1 << 20) as part:
+            assert part.size == 1 << 20
+            assert part.path.stat().st_blocks == 0
+            part.write(1 << 19, b"there")
+            assert part.view()[1 << 19 :][:6] == b"there\0"
+        with pytest.raises(InsufficientDisk):
+            store.create(1 << 60)
+        assert files(store.root) == []
+
+    @pytest.mark.parametrize("kind", ["tmpfs", "proc"])
+    def test_it_is_known_which_file_systems_are_memory(self, kind: str) -> None:
+        mounts = Path("/proc/mounts")
+        places = [line.split() for line in mounts.read_text().splitlines()] if mounts.exists() else []
+        found = [place for _, place, its, *_ in places if its == kind and os.access(place, os.R_OK)]
+        if not found:
+            pytest.skip(f"no {kind} is mounted here")
+        fd = os.open(found[-1], os.O_RDONLY)
+        try:
+            assert is_in_memory(fd) is (kind == "tmpfs")
+        finally:
+            os.close(fd)
 
     def test_blob_that_cannot_be_deleted_is_said_to_stay(self, store: BlobStore) -> None:
         path = store.path_of("0" * 64)
