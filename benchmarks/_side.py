@@ -67,9 +67,18 @@ class Ours:
         )
         return self.net.NetworkLoader(config)
 
-    def whole(self, url: str, path: str, size: int, to: str | None = None, watch: bool = False, **more: Any) -> Any:
+    def whole(
+        self,
+        url: str,
+        path: str,
+        size: int,
+        to: str | None = None,
+        watch: bool = False,
+        checksum: str | None = None,
+        **more: Any,
+    ) -> Any:
         with self.loader(url, to, **more) as loader:
-            future = loader.enqueue(self.net.LoadRequest(path, path, expected_size=size))
+            future = loader.enqueue(self.net.LoadRequest(path, path, expected_size=size, checksum=checksum))
             seen = list(watched(loader, future)) if watch else []
             data = future.result().data
             stats = loader.stats()

@@ -272,8 +272,9 @@ class NetworkConfig:
     for what is slow, of the next endpoint (None), of the same one where there is no other (True), or never (False);
     ``min_bandwidth``: below it the loader asks its callers to throttle; ``max_bandwidth`` and
     ``max_requests_per_second``: of all workers and endpoints together, whatever they ask for; ``offline``: None takes
-    ``HOLOTENSOR_OFFLINE``; ``memory_budget``: bytes in flight and undelivered, and at most as many that are spare:
-    memory that was delivered and let go of, which the next fragments are given, or the system, once it lacks some.
+    ``HOLOTENSOR_OFFLINE``; ``memory_budget``: bytes in flight and undelivered; spare memory, which was
+    delivered and let go of, is given to the next fragments, and to the system once it lacks some, and makes no more of
+    it together with what is in use.
 
     Raises ConfigurationError, naming field and value.
     """
