@@ -100,11 +100,11 @@ class Lane:
         self._squares += size * size
         return self._revise(now)
 
-    def refuse(self, now: float) -> None:
-        """The host wanted fewer connections."""
+    def refuse(self, now: float) -> bool:
+        """The host wanted fewer connections; whether the limit has risen nevertheless."""
         self._account(now)
         self._refusals += 1
-        self._revise(now, force=True)
+        return self._revise(now, force=True)
 
     def disturb(self) -> None:
         """Some give way: what is measured now is not the path."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ _STARVING = 5.0  # seconds in the queue, after which a fragment is given one in 
 _STARVING_SHARE = 16
 _READ_SECONDS = 0.02  # of ``max_bandwidth``, that all connections may read beyond it
 _SMALLEST_READ = 2048
+_NEARLY = 0.8  # of ``max_bandwidth``: what gives as much is not what is slow
 _SETTLED = object()  # the state of a fragment that is done with: whatever comes too late for it is ignored
 
 
@@ -222,6 +224,7 @@ class Scheduler:
         self._completed = 0
         self._failed = 0
         self._closed = False
+        self._sleeping = 0  # threads that wait for a piece
         self._calm = threading.Condition(lock)  # for whoever gives way to CRITICAL
         self._in_flight: dict[Piece, Lane] = {}
         self._urgent = 0  # pieces of level CRITICAL in flight
@@ -313,6 +316,7 @@ class Scheduler:
             self._parked.add(fragment)
             self._withdrawn.add(fragment)
             self._room.notify_all()
+            self._changed.notify_all()  # nothing may be queued now; or what its lane might have had is left to others
 
     def restart(
         self,
@@ -350,12 +354,18 @@ class Scheduler:
                 if lane is not None:
                     wait = self._ration(now)
                     if wait <= 0:
-                        return self._take(lane, now)
+                        piece = self._take(lane, now)
+                        self._pass_on(now)
+                        return piece
                 if end is not None:
                     wait = end - now if wait is None else min(wait, end - now)
                     if wait <= 0:
                         return None
-                self._changed.wait(wait)
+                self._sleeping += 1
+                try:
+                    self._changed.wait(wait)
+                finally:
+                    self._sleeping -= 1
 
     def release(self, piece: Piece) -> None:
         """Give back the connection of a piece, if it has one still."""
@@ -374,6 +384,8 @@ class Scheduler:
             if at.delay(now) is not None and may_begin(at, self.lanes, self.config.max_concurrent):
                 self._in_flight[piece].end(piece, now)
                 self._begin(piece, at, now)
+                self._count_urgent()
+                self._changed.notify_all()  # there is room where it was
                 return True
             self._end(piece, now)
             for part in piece.parts:
@@ -389,7 +401,8 @@ class Scheduler:
     def refused(self, lane: int = 0) -> None:
         """A host wanted fewer connections (429, 503, a timeout)."""
         with self._changed:
-            self.lanes[lane].refuse(self._clock())
+            if self.lanes[lane].refuse(self._clock()):
+                self._changed.notify_all()
 
     def settle(self, fragment: PrioritizedFragment, *, success: bool) -> None:
         """The fragment is done with: count it, and drop what is left of it."""
@@ -529,12 +542,14 @@ class Scheduler:
 
     def should_throttle(self) -> bool:
         """Whether whoever makes requests ought to hold back, as more of them would only wait: what is queued waits for
-        a rate limit, the queue is half full, or the network is in use and gives less than ``min_bandwidth``.
+        a rate limit, the queue is half full, or the network is in use and gives less than ``min_bandwidth``, or than
+        nearly all of ``max_bandwidth`` where that is the lower one.
 
         It says nothing for good: ask again before the next.
         """
         is_used = self.config.monitor_bandwidth and self.active > 0
-        is_slow = is_used and 0 < self.bandwidth < self.config.min_bandwidth
+        wanted = min(self.config.min_bandwidth, _NEARLY * (self.config.max_bandwidth or math.inf))
+        is_slow = is_used and 0 < self.bandwidth < wanted
         return is_slow or self.is_half_full or self.is_rationed
 
     def stats(self) -> SchedulerStats:
@@ -565,7 +580,7 @@ class Scheduler:
                     fragment.priority = level
                     moved = True
             self._count_urgent()
-            self._changed.notify()
+            self._changed.notify_all()
             return moved
 
     def move(self, fragment: PrioritizedFragment, priority: Priority) -> None:
@@ -579,7 +594,7 @@ class Scheduler:
                     self._queue_of(fragment).push(fragment)
                     self._is_urgent_queued |= level == Priority.CRITICAL
                 self._count_urgent()
-                self._changed.notify()
+                self._changed.notify_all()
 
     def clear(self) -> None:
         """Forget everything that is queued or was withdrawn; what is being fetched goes on."""
@@ -618,6 +633,12 @@ class Scheduler:
     def _ration(self, now: float) -> float:
         """Seconds until the rate limits allow another piece."""
         return max(self._budget.delay(now), self._request_budget.delay(now))
+
+    def _pass_on(self, now: float) -> None:
+        """A piece was taken. If another may be, one more thread is woken: a fragment may have several,
+        and a lane without more work leaves its room to others."""
+        if self._sleeping and self._next_lane(now) != (None, None):
+            self._changed.notify()
 
     def _must_give_way(self, now: float) -> bool:
         return not self._closed and self._urgent > 0 and now < self._urgent_at + _SILENCE

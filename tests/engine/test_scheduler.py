@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from holotensor_net.config import CdnEndpoint, NetworkConfig, SchedulerConfig
-from holotensor_net.engine.pacing import Interval
+from holotensor_net.engine.pacing import ConcurrencyController, Interval
 from holotensor_net.engine.priority import PrioritizedFragment
 from holotensor_net.engine.scheduler import Piece, Scheduler
 from holotensor_net.errors import ConfigurationError, Timeout
@@ -827,6 +827,15 @@ def test_a_slow_network_in_use_asks_its_callers_to_hold_back(
     assert queue.should_throttle() is throttles
 
 
+@pytest.mark.parametrize(("rate", "throttles"), [(95, False), (50, True)])
+def test_a_limit_of_the_callers_own_is_no_slow_network(rate: int, throttles: bool) -> None:
+    queue = scheduler(monitor_bandwidth=True, min_bandwidth=1000, max_bandwidth=100)
+    queue.monitor.record(rate, 1.0)
+    queue.enqueue(LoadRequest("a", "a"))
+    drain(queue)
+    assert queue.should_throttle() is throttles
+
+
 def test_statistics_are_a_snapshot_that_loses_no_byte() -> None:
     clock = Clock()
     queue = scheduler(clock, max_concurrent=3)
@@ -1092,6 +1101,38 @@ def test_a_piece_may_go_to_a_host_that_has_room() -> None:
     queue.release(piece)
     queue.release(piece)  # it has none any more
     assert queue.active == 0
+
+
+def test_what_a_piece_that_goes_elsewhere_leaves_is_given_to_who_waits_for_it() -> None:
+    queue = of_hosts(Clock(), 1, 1, monitor_bandwidth=False)
+    push(queue, 0, *"ab", priority=Priority.CRITICAL)
+    (piece,) = drain(queue)
+    with thread(lambda: queue.next(timeout=30)) as waits:
+        wait_until_waiting(queue._changed)
+        assert queue.assign(piece, 1)
+        assert [taken([waits()]), [lane.urgent for lane in queue.lanes]] == [["b"], [1, 1]]
+
+
+def test_all_pieces_of_what_becomes_urgent_are_handed_out_to_those_who_wait() -> None:
+    queue = of_hosts(Clock(), 4, 4, monitor_bandwidth=True)
+    for lane in queue.lanes:
+        lane.controller = ConcurrencyController(4, initial=2)
+    push(queue, 0, *"abcd")
+    assert taken(drain(queue)) == ["a", "b"]
+    with thread(lambda: queue.next(timeout=30)) as first, thread(lambda: queue.next(timeout=30)) as second:
+        wait_until_waiting(queue._changed, 2)
+        queue.enqueue(part_of("u", 0, 2 * CHUNK, name="u", priority=Priority.CRITICAL, validator=PINNED))
+        assert taken([first(), second()]) == ["u", "u"]
+
+
+def test_who_waits_for_a_piece_that_is_withdrawn_does_not_wait_any_longer() -> None:
+    queue = scheduler(max_concurrent=1)
+    _, second = queue.enqueue_many(LoadRequest(name, name) for name in "ab")
+    assert taken(drain(queue)) == ["a"]
+    with thread(lambda: queue.next(timeout=30)) as waits:
+        wait_until_waiting(queue._changed)
+        queue.withdraw(second)
+        assert waits() is None
 
 
 @pytest.mark.parametrize("length", [100, 3 * CHUNK], ids=["short", "long"])
