@@ -153,7 +153,8 @@ class _Meter:
     @property
     def piece(self) -> int:
         """Bytes of the next piece."""
-        return piece_worth_asking(self.link.round_trip, self.rate / self.active, most=self.link.piece)
+        each, connections = self.rate / self.active, int(self.active)
+        return piece_worth_asking(self.link.round_trip, each, most=self.link.piece, connections=connections)
 
     def add(self, seconds: float, came: float, active: float) -> int:
         came += self.unread

@@ -182,10 +182,7 @@ class ConcurrencyController:
         if is_evident or (is_rising and len(looks) * self.seconds > _LONGEST_RUNG):
             self._climb_on(rate)
         elif not is_rising and len(looks) >= (2 if is_first else _LOOKS):
-            gain = latest - self._base_rate.value
-            # More that bring much less: what fewer seemed to bring was a burst, as many servers allow one at first.
-            was_burst = gain < -max(_CHANGE, scatter)
-            if is_first or was_burst or gain > _LEAST_SHARE * proportional + _DOUBT:
+            if is_first or latest - self._base_rate.value > _LEAST_SHARE * proportional + _DOUBT:
                 self._climb_on(latest)
             else:
                 self._more_in = _MORE_EVERY  # more has just been tried

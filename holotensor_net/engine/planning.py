@@ -12,6 +12,7 @@ from ..values import RangeRequest
 __all__ = ["coalesce", "gap_worth_reading", "join_neighbours", "piece_worth_asking", "split", "window_worth_filling"]
 
 _PIECE_SECONDS = 0.2
+_COMES_FREE = 0.01  # seconds until some connection does
 _PIECE_ROUND_TRIPS = 20.0
 _SMALLEST_PIECE = 64 * 1024
 _FIRST_PIECE = 256 * 1024
@@ -64,11 +65,12 @@ def gap_worth_reading(round_trip: float, rate: float) -> int:
     return int(gap) if round_trip > 0 and math.isfinite(gap) and gap > 0 else 0
 
 
-def piece_worth_asking(round_trip: float, rate: float, *, most: int) -> int:
+def piece_worth_asking(round_trip: float, rate: float, *, most: int, connections: int = 1) -> int:
     """The bytes of a piece for a connection of ``rate`` bytes/s: about a fifth of a second's, so that connections come
-    free and are given to others in time; but up to 4 MiB no fewer than pass in twenty round trips, as each piece costs
-    one; and 256 KiB while the rate is unknown; ``most`` at most."""
-    length = rate * _PIECE_SECONDS
+    free and are given to others in time; of more than twenty ``connections`` so many that one comes free each hundredth
+    of a second, as more requests than that would take the time of a processor. But up to 4 MiB no fewer than pass in
+    twenty round trips, as each piece costs one; and 256 KiB while the rate is unknown; ``most`` at most."""
+    length = rate * max(_PIECE_SECONDS, connections * _COMES_FREE)
     if not 0 < length < math.inf:
         return min(most, _FIRST_PIECE)
     at_least = rate * _PIECE_ROUND_TRIPS * round_trip if round_trip > 0 else 0.0

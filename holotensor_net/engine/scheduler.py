@@ -771,8 +771,9 @@ class Scheduler:
         """Bytes of the next piece."""
         if not self.config.monitor_bandwidth:
             return self.config.chunk_size
-        each = lane.monitor.current_bandwidth / max(1, lane.active)
-        return piece_worth_asking(lane.monitor.round_trip, each, most=self.config.chunk_size)
+        count = max(1, lane.active)
+        each = lane.monitor.current_bandwidth / count
+        return piece_worth_asking(lane.monitor.round_trip, each, most=self.config.chunk_size, connections=count)
 
     def _neighbours(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> list[Part]:
         """Short fragments of the same object and level that are cheaper to bring along than to ask for later."""

@@ -213,3 +213,8 @@ def test_what_is_joined_is_dense_short_enough_and_cannot_grow(ranges, pick, max_
 )
 def test_a_window_holds_what_fills_the_path_and_little_more(round_trip, rate, connections, window):
     assert window_worth_filling(round_trip, rate, connections=connections) == window
+
+
+@pytest.mark.parametrize(("connections", "seconds"), [(1, 0.2), (20, 0.2), (64, 0.64), (128, 1.28)])
+def test_of_many_connections_one_comes_free_each_hundredth_of_a_second(connections, seconds):
+    assert piece_worth_asking(0.001, 1e6, most=1 << 30, connections=connections) == pytest.approx(1e6 * seconds)
