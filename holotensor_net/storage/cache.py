@@ -76,6 +76,7 @@ class FragmentCache:
         root = self.config.root
         self._name = _itself if root is None else name_of  # nothing but files needs names that are short and harmless
         self.claims = None if root is None else Claims(root / "claims")
+        self._forget = functools.partial(_forget, self._memory, self._usage)  # no method: no cycle
         self._disk = None if root is None else DiskTier(root, self.config, self._usage, clock, self._forget)
 
     def __enter__(self) -> FragmentCache:
@@ -322,11 +323,6 @@ class FragmentCache:
         self._memory.put(name, held)
         return held.view[:]
 
-    def _forget(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._memory.drop(name)
-            self._usage.forget(name)
-
 
 class _Tolerance:
     """A context in which a disk that fails is worth a line in the log, one for each cause, and no more."""
@@ -439,6 +435,12 @@ class _MemoryTier:
     def names(self) -> set[str]:
         with self._lock:
             return set(self._held)
+
+
+def _forget(memory: _MemoryTier, usage: Usage, names: Iterable[str]) -> None:
+    for name in names:
+        memory.drop(name)
+        usage.forget(name)
 
 
 @functools.lru_cache(256)

@@ -6,11 +6,14 @@ Eviction is mark and sweep over the entries. No lock is needed for right answers
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import math
 import os
 import shutil
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +33,9 @@ _ORPHANED_AFTER = 3600.0  # seconds without a write, for part files of other pro
 _RESUMABLE_FOR = 86400.0  # seconds since a part file that can be resumed was left
 _ENTRY_DUE_WITHIN = 60.0  # seconds from publishing a blob
 _MOST_NEWS, _LEAST_NEWS = 1 << 20, 1 << 16  # bytes that the news may have, for large caches and for small ones
+_FRESH_STARTS = 3  # of an eviction that misses what others tell meanwhile
+_SPARED_SHARE = 16  # one in so many bytes goes beyond what has to, so that not every fragment to come sweeps again
+_VAIN_FOR = 60.0  # seconds without another try after what was evicted has not shown as free space
 _TICK = 1e-5  # seconds by which a file's time may differ from what it was set to
 _MOST_RESERVE = 1 << 30  # bytes of the disk that are left free, where that is not set
 _RESERVED_SHARE = 20  # one in so many bytes of the disk, if that is less
@@ -47,7 +53,8 @@ class DiskTier:
         clock: Callable[[], float],
         evicted: Callable[[Iterable[str]], None],
     ) -> None:
-        self.blobs = BlobStore(root, verify_first=config.verify_on_open, on_left=self._left)
+        myself = weakref.ref(self)  # what is below does not keep it: descriptors are closed with the last reference
+        self.blobs = BlobStore(root, verify_first=config.verify_on_open, on_left=functools.partial(_left, myself))
         news = min(_MOST_NEWS, max(_LEAST_NEWS, config.max_size >> 5))
         self._news = News(root / "news", news, self.blobs.spare)
         self.entries = EntryFiles(self.blobs)
@@ -56,9 +63,11 @@ class DiskTier:
         self._usage = usage
         self._clock = clock
         self._evicted = evicted
-        self._ledger = Ledger(self._news, self.blobs.digests, self.blobs.left, self._named)
+        named = functools.partial(_named, self.entries)
+        self._ledger = Ledger(self._news, self.blobs.digests, self.blobs.left, named)
         self._sweeping = threading.Lock()
         self._has_left = False
+        self._in_vain_until = 0.0  # by the monotonic clock
         with contextlib.suppress(CacheError):
             self.sweep()
 
@@ -89,9 +98,9 @@ class DiskTier:
     def adopt(self, name: str, data: PartFile | memoryview, entry: CacheEntry) -> Held:
         """Make room, then publish blob and entry."""
         digest = _digest_in(entry)
+        if not isinstance(data, PartFile):
+            self._keep_free(entry.size)
         with self._ledger.pinned(digest, entry.size):
-            if not isinstance(data, PartFile):
-                self._keep_free(entry.size)
             blob = Item(Kind.BLOB, other=digest, number=entry.size)
             self._make_room(blob)
             held = self._publish(name, data, entry)
@@ -148,9 +157,13 @@ class DiskTier:
             if self._ledger.size <= only_above:
                 return 0
             freed = self._sweep_orphans(limit)
-            for name, bytes_freed in self._evictions(limit):
-                dropped += [name] if name else []
-                freed += bytes_freed
+            for is_last in (*(False,) * _FRESH_STARTS, True):
+                for name, bytes_freed in self._evictions(limit, in_the_dark=is_last):
+                    dropped += [name] if name else []
+                    freed += bytes_freed
+                if self._ledger.size <= limit or not self._ledger.has_missed:
+                    break
+                self._ledger.refresh()
         self._usage.evicted(len(dropped))
         self._evicted(dropped)
         return freed
@@ -210,20 +223,24 @@ class DiskTier:
     @property
     def _low(self) -> int:
         """Bytes to shrink to: a few less than there may be, so that not every fragment to come sweeps again."""
-        return self._config.max_size - self._config.max_size // 16
+        return self._config.max_size - self._config.max_size // _SPARED_SHARE
 
     def _keep_free(self, size: int) -> None:
         """Let others go if ``size`` more bytes would leave less of the disk free than is to be. Raises InsufficientDisk
         if that does not suffice."""
-        lacking = self._lacking(size)
-        if lacking > 0:
-            if lacking <= self.size():  # else it would be in vain
-                self.shrink(self.size() - lacking, anew=False)
-            if self._lacking(size) > 0:
-                raise InsufficientDisk(
-                    f"no room for {size} bytes in {self._root}, where some of the disk is to stay free: free some"
-                    " space, set another cache folder (HOLOTENSOR_CACHE), or a smaller free_space_reserve"
-                )
+        if self._lacking(size) <= 0:
+            return
+        if time.monotonic() >= self._in_vain_until:
+            held, lacking = self.size(), self._lacking(size)  # in this order: what goes meanwhile is not counted twice
+            if 0 < lacking <= held:
+                self.shrink(max(0, held - lacking - held // _SPARED_SHARE), only_above=held - lacking, anew=False)
+                if self._lacking(size) > 0:  # somebody maps what went, or the file system takes its time
+                    self._in_vain_until = time.monotonic() + _VAIN_FOR
+        if self._lacking(size) > 0:
+            raise InsufficientDisk(
+                f"no room for {size} bytes in {self._root}, where some of the disk is to stay free: free some"
+                " space, set another cache folder (HOLOTENSOR_CACHE), or a smaller free_space_reserve"
+            )
 
     def _lacking(self, size: int) -> int:
         """Bytes that are too few on the disk for ``size`` more; where that cannot be told, or nothing may be written at
@@ -269,9 +286,12 @@ class DiskTier:
         """The entry that another is to take the place of."""
         return self.entries.read(name) if self.entries.exists(name) else None
 
-    def _evictions(self, limit: int) -> Iterator[tuple[str, int]]:
+    def _evictions(self, limit: int, *, in_the_dark: bool) -> Iterator[tuple[str, int]]:
         """Drop what is most dispensable until ``limit`` bytes are left; gives each entry's name, "" for a part file,
-        and the bytes that went with it. What is known of its last use is looked up again when its turn comes."""
+        and the bytes that went with it. What is known of its last use is looked up again when its turn comes.
+
+        Ends as soon as something was missed, since others may have made room; ``in_the_dark``: goes on all the same.
+        """
         now = self._clock()
         waiting: list[tuple[float, str, Left | Named]]
         waiting = [(-dispensability(now, left.last, 0), token, left) for token, left in self._ledger.parts()]
@@ -280,7 +300,7 @@ class DiskTier:
             for name, named in self._ledger.entries()
         ]
         heapq.heapify(waiting)
-        while waiting and self._ledger.size > limit:
+        while waiting and self._ledger.size > limit and (in_the_dark or not self._ledger.has_missed):
             value, name, known = heapq.heappop(waiting)
             if isinstance(known, Left):
                 yield "", self._drop_part(name, known)
@@ -297,18 +317,6 @@ class DiskTier:
             if not self._ledger.is_pinned(digest) and self.entries.remove(name):
                 self._ledger.tell(Item(Kind.NO_ENTRY, name))
                 yield name, 0 if self._ledger.is_named(digest) else self._delete(digest)
-
-    def _named(self, known: Mapping[str, Named]) -> dict[str, Named]:
-        """What all entries name. Of those that are ``known``, a file is read only if its time has changed."""
-        found: dict[str, Named] = {}
-        for name, last in self.entries.times():
-            named = known.get(name)
-            if named is None or abs(named.last - last) > _TICK:
-                told = self.entries.glance(name)
-                named = None if told is None else Named(*told)
-            if named is not None:
-                found[name] = named
-        return found
 
     def _sweep_orphans(self, limit: float = math.inf) -> int:
         """Delete blobs without an entry, unless another process may be about to write it, and there are no more than
@@ -334,13 +342,32 @@ class DiskTier:
         self._ledger.tell(Item(Kind.NO_PART, left.subject, token))
         return left.size if gone else 0
 
-    def _left(self, subject: str, token: str, size: int | None) -> None:
+    def left(self, subject: str, token: str, size: int | None) -> None:
         """A part file was left, with so many bytes, or taken up again (None)."""
         if size is None:
             self._ledger.tell(Item(Kind.NO_PART, subject, token))
         else:
             self._has_left = True
             self._ledger.tell(Item(Kind.PART, subject, token, size))
+
+
+def _left(tier: weakref.ref[DiskTier], subject: str, token: str, size: int | None) -> None:
+    there = tier()
+    if there is not None:
+        there.left(subject, token, size)
+
+
+def _named(entries: EntryFiles, known: Mapping[str, Named]) -> dict[str, Named]:
+    """What all entries name. Of those that are ``known``, a file is read only if its time has changed."""
+    found: dict[str, Named] = {}
+    for name, last in entries.times():
+        named = known.get(name)
+        if named is None or abs(named.last - last) > _TICK:
+            told = entries.glance(name)
+            named = None if told is None else Named(*told)
+        if named is not None:
+            found[name] = named
+    return found
 
 
 def _digest_in(entry: CacheEntry) -> str:

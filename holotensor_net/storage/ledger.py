@@ -66,6 +66,11 @@ class Ledger:
         """Bytes of all blobs, and of part files that were left."""
         return self._size
 
+    @property
+    def has_missed(self) -> bool:
+        """Whether, for all that was asked yet, something that others told was missed since the folder was looked at."""
+        return self._has_missed
+
     def is_counted(self) -> bool:
         """Whether the size is known, and nothing was missed since; takes in what was told."""
         self._has_missed = self._has_missed or not self.catch_up()

@@ -16,10 +16,12 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -27,11 +29,13 @@ from blake3 import blake3
 from holotensor_net.config import CacheConfig
 from holotensor_net.errors import CacheError, InsufficientDisk
 from holotensor_net.storage import cache as room
-from holotensor_net.storage import entries
+from holotensor_net.storage import disk, entries
 from holotensor_net.storage import files as owners
 from holotensor_net.storage.blobs import BlobStore
 from holotensor_net.storage.cache import CacheEntry, CacheStats, FragmentCache
+from holotensor_net.storage.disk import DiskTier
 from holotensor_net.storage.entries import EntryFiles, Held
+from holotensor_net.storage.news import News
 from holotensor_net.values import RangeRequest, Validator
 
 LARGE = 1 << 17
@@ -917,6 +921,110 @@ class TestQuota:
         assert "fits" in cache
         assert keep("too much", 5001) == payload("too much", 5001)
         assert "too much" not in cache
+
+    @pytest.mark.parametrize("way", ["missed", "torn"])
+    def test_news_that_goes_astray_during_an_eviction_costs_no_more_than_a_look(
+        self, open_cache: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
+    ) -> None:
+        cache, other = open_cache(), open_cache()
+        for number in range(40):
+            cache.put(f"k{number}", payload(f"k{number}", 100))
+        assert other.stats().disk_size == 4000
+        remove, removed = EntryFiles.remove, []
+
+        def stray(self: EntryFiles, name: str) -> bool:
+            removed.append(name)
+            if len(removed) == 5:  # others make room meanwhile, and that is not heard of
+                assert other.prune(3000) > 0
+                if way == "missed":
+                    (tmp_path / "cache" / "news").unlink()
+                else:
+                    with (tmp_path / "cache" / "news").open("ab") as file:
+                        file.write(b"half an item")
+            return remove(self, name)
+
+        monkeypatch.setattr(EntryFiles, "remove", stray)
+        assert 1000 <= cache.prune(2000) <= 2000
+        monkeypatch.undo()
+        assert len(list(cache)) == len(of("blobs", tmp_path / "cache")) == 20
+        assert cache.stats().disk_size == open_cache().stats().disk_size == 2000
+
+    def test_eviction_that_misses_what_others_tell_at_every_step_comes_to_an_end(
+        self, open_cache: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        cache = open_cache()
+        for number in range(40):
+            cache.put(f"k{number}", payload(f"k{number}", 100))
+        looks: list[Path] = []
+        scan = BlobStore.digests
+        monkeypatch.setattr(News, "since", lambda *_: None)
+        monkeypatch.setattr(BlobStore, "digests", lambda self: looks.append(self.root) or scan(self))  # type: ignore[func-returns-value]
+        assert cache.prune(2000) == 2000
+        assert len(list(cache)) == len(of("blobs", tmp_path / "cache")) == 20
+        assert len(looks) < 8
+
+    def test_full_disk_is_not_swept_for_every_fragment(
+        self, open_cache: Open, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def usage(_: Path) -> SimpleNamespace:
+            used = sum(file.stat().st_size for file in of("blobs", tmp_path / "cache"))
+            return SimpleNamespace(total=100_000, free=6400 - used)
+
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        cache, sweeps = open_cache(free_space_reserve=0), 0
+        shrink = DiskTier.shrink
+
+        def counted(self: DiskTier, limit: int, **options: Any) -> int:
+            nonlocal sweeps
+            sweeps += 1
+            return shrink(self, limit, **options)
+
+        monkeypatch.setattr(DiskTier, "shrink", counted)
+        for number in range(100):
+            clock.now += 1
+            cache.put(f"{number}", payload(f"{number}", 100))
+            assert f"{number}" in cache
+        assert 55 <= len(list(cache)) <= 64
+        assert sweeps <= 15
+
+    def test_what_goes_in_vain_goes_once(
+        self, open_cache: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        free, now = 10_000, time.monotonic()
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=100_000, free=free))
+        monkeypatch.setattr(disk, "time", SimpleNamespace(monotonic=lambda: now))
+        cache = open_cache(free_space_reserve=2000)
+        for number in range(64):
+            cache.put(f"k{number}", payload(f"k{number}", 100))
+        free = 1000  # and it stays at that, whatever is deleted
+        for number in range(20):
+            assert cache.put(f"new{number}", payload("new", 100)) == payload("new", 100)
+        assert len(list(cache)) == 64 - 11 - 4  # what was lacking, and a sixteenth
+        assert len(caplog.records) == 1
+        free = 2100  # it shows at last
+        cache.put("fits", payload("fits", 100))
+        assert "fits" in cache
+        free, now = 2000, now + 120
+        cache.put("later", payload("later", 100))
+        assert len(list(cache)) == 50 - 1 - 4
+
+    def test_who_is_dropped_without_being_closed_leaves_nothing_open(self, open_cache: Open, tmp_path: Path) -> None:
+        gc.collect()
+        gc.disable()
+        try:
+            before = len(os.listdir("/dev/fd"))
+            cache = open_cache(memory_size=1 << 20)
+            cache.put("a", payload("a", 1000))
+            assert cache.prune(0) == 1000
+            part = cache.create(100, key="a", note={"of": "a"})
+            assert part is not None
+            part.discard()
+            last = weakref.ref(cache)
+            del cache, part
+            assert last() is None
+            assert len(os.listdir("/dev/fd")) == before
+        finally:
+            gc.enable()
 
     def test_fragment_being_adopted_is_not_collected(self, open_cache: Open, monkeypatch: pytest.MonkeyPatch) -> None:
         cache = open_cache()
