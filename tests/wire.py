@@ -49,9 +49,10 @@ class Act(enum.Enum):
     RESET = "cut the connection, as a crash or a firewall would"
     HOLD = "say nothing more until the client leaves"
     TLS = "talk TLS from here on, as behind a CONNECT"
+    URGENT = "send a byte out of band, as TCP's urgent data"
 
 
-END, RESET, HOLD, TLS = Act
+END, RESET, HOLD, TLS, URGENT = Act
 
 
 @dataclass(frozen=True)
@@ -214,12 +215,14 @@ class Wire:
                 pass
         elif isinstance(act, float):
             self._closed.wait(act)
+        elif act is URGENT:
+            sock.send(b"!", socket.MSG_OOB)
         elif act is HOLD:
             while sock.recv(4096):
                 pass
         elif act is RESET:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        return not isinstance(act, Act) and not self._closed.is_set()
+        return (act is URGENT or not isinstance(act, Act)) and not self._closed.is_set()
 
     def _secured(self, sock: socket.socket) -> socket.socket:
         secured = _server_context().wrap_socket(sock, server_side=True)

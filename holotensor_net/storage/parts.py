@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["PartFile"]
 
 _BACKDATED = 2_000_000_000
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)  # be spliced: by the file system, in a sandbox
 
 
 class PartFile:
@@ -262,9 +263,9 @@ def _moved(pipe: int, fd: int, most: int, offset: int) -> int:
     try:
         moved = os.splice(pipe, fd, most, offset_dst=offset)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in _CANNOT:
             raise
-        rest = memoryview(os.read(pipe, most))  # a file system that cannot
+        rest = memoryview(os.read(pipe, most))
         moved = len(rest)
         while rest:
             written = os.pwrite(fd, rest, offset)

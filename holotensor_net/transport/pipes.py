@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from typing import Any
@@ -11,10 +12,16 @@ __all__ = ["Pipe"]
 
 _ROOM = 1 << 20
 _LEAST = 1 << 16
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
 
 
 class Pipe:
     """A pipe that is empty between two uses, and made for the first; a context manager that closes it."""
+
+    LEAST = _LEAST
+    """Bytes that every one has room for."""
+
+    _are_filled = True  # by the kernel, as far as this process has met
 
     def __init__(self) -> None:
         self._ends: tuple[int, int] | None = None
@@ -35,18 +42,33 @@ class Pipe:
         assert self._ends is not None
         return self._ends[0]
 
-    @staticmethod
-    def can_take_from(sock: Any) -> bool:
+    @classmethod
+    def can_take_from(cls, sock: Any) -> bool:
         """Whether what the socket receives is what was sent: what TLS has encrypted is not."""
-        return type(sock) is socket.socket and hasattr(os, "splice")
+        return type(sock) is socket.socket and hasattr(os, "splice") and cls._are_filled
 
     def fill(self, sock: socket.socket, most: int) -> int:
-        """Take in what the socket has received, ``most`` bytes at most; gives their number, 0 at its end.
+        """Have the kernel take in what the socket has received, ``most`` bytes at most; gives their number, 0 if it
+        does not give any.
 
-        Raises BlockingIOError if there is nothing.
+        That may be the end, or not: what stands behind a byte of TCP's urgent data is never given, and a sandbox may
+        not let it. Only reading tells.
         """
         assert self._ends is not None
-        return os.splice(sock.fileno(), self._ends[1], most)
+        try:
+            return os.splice(sock.fileno(), self._ends[1], most)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+            Pipe._are_filled = False
+        return 0
+
+    def pour(self, block: bytes) -> int:
+        """Take in a block of :attr:`LEAST` bytes at most; gives their number."""
+        assert self._ends is not None
+        return os.write(self._ends[1], block) if block else 0
 
     def __enter__(self) -> Pipe:
         return self
@@ -58,14 +80,17 @@ class Pipe:
 
 
 def _made() -> tuple[int, int] | None:
-    with contextlib.suppress(OSError, ImportError, AttributeError):
-        import fcntl
+    try:
+        from fcntl import F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl
 
         ends = os.pipe()
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, _ROOM)
-        if fcntl.fcntl(ends[1], fcntl.F_GETPIPE_SZ) >= _LEAST:
+    except (OSError, ImportError):
+        return None
+    with contextlib.suppress(OSError):
+        fcntl(ends[1], F_SETPIPE_SZ, _ROOM)
+    with contextlib.suppress(OSError):
+        if fcntl(ends[1], F_GETPIPE_SZ) >= _LEAST:
             return ends
-        for end in ends:
-            os.close(end)
+    for end in ends:
+        os.close(end)
     return None

@@ -240,12 +240,12 @@ class _Incoming(io.RawIOBase):
         return self._received(lambda: self._piped(pipe, most))
 
     def _piped(self, pipe: Pipe, most: int) -> int:
-        while True:
-            if not wait_for_read(self._sock, self._sock.gettimeout()):
-                raise TimeoutError("timed out")
-            with contextlib.suppress(BlockingIOError):  # it was no news for us
-                return pipe.fill(self._sock, most)
-            self._sockets.bound(self._sock)
+        if not wait_for_read(self._sock, self._sock.gettimeout()):
+            raise TimeoutError("timed out")
+        if count := pipe.fill(self._sock, most):
+            return count
+        self._sockets.bound(self._sock)
+        return pipe.pour(self._sock.recv(min(most, pipe.LEAST)))
 
     def _received(self, receive: Callable[[], int]) -> int:
         if self._is_over:

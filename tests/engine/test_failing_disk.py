@@ -82,15 +82,23 @@ def test_a_full_disk(server: Nginx, small_disk: Path, objects: dict[str, bytes])
     assert_delivers(server, small_disk / "cache", objects)
 
 
-@pytest.mark.parametrize("call", ["fsync", "fdatasync", "pwrite64", "rename"])
-def test_a_disk_that_gives_errors(server: Nginx, tmp_path: Path, objects: dict[str, bytes], call: str) -> None:
-    """What cannot be written in pieces is kept in memory and written as one, so that not every call is missed."""
-    cache = tmp_path / "cache"
-    inject = f"inject={call}:error=EIO"
+def assert_delivers_though(call: str, error: str, server: Nginx, cache: Path, objects: dict[str, bytes]) -> None:
+    """Though every such system call fails."""
+    inject = f"inject={call}:error={error}"
     traced = [tool("strace"), "-f", "-qq", "-e", f"trace={call}", "-e", inject, "-o", os.devnull]
     if subprocess.run([tool("strace"), "-o", os.devnull, sys.executable, "-c", ""], capture_output=True).returncode:
         unavailable("no process may be traced here")
     assert_delivers(server, cache, objects, *traced, warnings=call in ("fsync", "rename"))
+
+
+@pytest.mark.parametrize("call", ["fsync", "fdatasync", "pwrite64", "rename"])
+def test_a_disk_that_gives_errors(server: Nginx, tmp_path: Path, objects: dict[str, bytes], call: str) -> None:
+    """What cannot be written in pieces is kept in memory and written as one, so that not every call is missed."""
+    assert_delivers_though(call, "EIO", server, tmp_path / "cache", objects)
+
+
+def test_a_sandbox_where_nothing_may_be_spliced(server: Nginx, tmp_path: Path, objects: dict[str, bytes]) -> None:
+    assert_delivers_though("splice", "EPERM", server, tmp_path / "cache", objects)
 
 
 def test_a_folder_that_may_only_be_read(server: Nginx, small_disk: Path, objects: dict[str, bytes]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import random
 import re
+import select
+import socket
 import threading
 import time
 from base64 import b64encode
@@ -16,16 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wire import END, HOLD, Answer, Request, Wire, part, write_certificate
+from wire import END, HOLD, URGENT, Answer, Request, Wire, chunked, drip, part, write_certificate
 
 from holotensor_net.config import CdnEndpoint, ClientConfig, RetryConfig
 from holotensor_net.engine.sinks import Scatter
-from holotensor_net.errors import CacheError, Cancelled, ChecksumMismatch, NetworkError, StalledTransfer
+from holotensor_net.errors import (
+    CacheError,
+    Cancelled,
+    ChecksumMismatch,
+    InsufficientDisk,
+    NetworkError,
+    StalledTransfer,
+)
 from holotensor_net.storage.blobs import BlobStore
 from holotensor_net.storage.parts import PartFile
 from holotensor_net.transport import pipes
 from holotensor_net.transport.client import Ask, HttpClient
 from holotensor_net.transport.pipes import Pipe
+from holotensor_net.transport.sockets import Interrupt, LiveSockets, _Incoming
 from holotensor_net.values import RangeRequest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "splice"), reason="the system has no such pipes")
@@ -35,6 +46,7 @@ DATA = random.Random(7).randbytes(SIZE)
 TAG = '"v1"'
 ONCE = RetryConfig(max_retries=0)
 TWICE = RetryConfig(max_retries=1, initial_backoff=0.001, jitter=False)
+CANNOT = [errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP]
 
 
 @pytest.fixture
@@ -54,6 +66,38 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(PartFile, "take", noted)
     return sizes
+
+
+class Splices:
+    """os.splice with a twist: ``before`` is called with the side, "socket" or "file", that it is called for, and the
+    number of the call on that side, from 1; and ``after`` with the same, once bytes were moved."""
+
+    def __init__(
+        self,
+        before: Callable[[str, int], None] = lambda *_: None,
+        after: Callable[[str, int], None] = lambda *_: None,
+        most: int = 1 << 30,
+    ) -> None:
+        self.calls = {"socket": 0, "file": 0}
+        self._real, self._before, self._after, self._most = os.splice, before, after, most
+
+    def __call__(self, src: int, dst: int, count: int, **more: Any) -> int:
+        side = "file" if "offset_dst" in more else "socket"
+        self.calls[side] += 1
+        self._before(side, self.calls[side])
+        moved = self._real(src, dst, min(count, self._most) if side == "file" else count, **more)
+        self._after(side, self.calls[side])
+        return moved
+
+
+def failing(number: int, side: str, first: int = 1) -> Callable[[str, int], None]:
+    """Fails calls on one side, from the ``first`` on, with an error of this number."""
+
+    def fail(where: str, call: int) -> None:
+        if where == side and call >= first:
+            raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 def open_pipes() -> list[str]:
@@ -149,20 +193,40 @@ def test_a_body_that_is_cut_goes_on_where_it_ended(store: BlobStore, piped: list
     assert piped
 
 
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("number", CANNOT, ids=errno.errorcode.get)
 def test_a_file_system_that_takes_nothing_from_pipes_is_written_to(
-    store: BlobStore, piped: list[int], monkeypatch: pytest.MonkeyPatch
+    store: BlobStore, piped: list[int], monkeypatch: pytest.MonkeyPatch, number: int, first: int
 ) -> None:
-    splice = os.splice
-
-    def only_from_sockets(src: int, dst: int, count: int, **more: Any) -> int:
-        if "offset_dst" in more:
-            raise OSError(errno.EINVAL, "not here")
-        return splice(src, dst, count, **more)
-
-    monkeypatch.setattr(os, "splice", only_from_sockets)
+    """Also what a pipe still holds of which some was moved."""
+    monkeypatch.setattr(os, "splice", Splices(failing(number, "file", first), most=1000))
     with Wire([whole()]) as wire, client(wire.url) as one:
         assert brought(one, store) == DATA
     assert sum(piped) > 0.9 * SIZE
+
+
+@pytest.mark.parametrize("number", CANNOT, ids=errno.errorcode.get)
+def test_where_sockets_cannot_be_spliced_they_are_read(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(Pipe, "_are_filled", True)  # what this process finds out is forgotten with the test
+    splices = Splices(failing(number, "socket"))
+    monkeypatch.setattr(os, "splice", splices)
+    with Wire(always=[whole()]) as wire, client(wire.url) as one:
+        for _ in range(2):
+            assert brought(one, store) == DATA
+        assert len(wire.requests) == 2
+    assert splices.calls["socket"] == 1  # once is enough to know
+
+
+def test_where_sockets_cannot_be_spliced_is_found_out_in_the_middle_too(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pipe, "_are_filled", True)
+    monkeypatch.setattr(os, "splice", Splices(failing(errno.EINVAL, "socket", 3)))
+    with Wire([whole()]) as wire, client(wire.url) as one:
+        assert brought(one, store) == DATA
+    assert not Pipe._are_filled
 
 
 def test_without_pipes_of_use_bytes_go_the_usual_way(
@@ -174,6 +238,26 @@ def test_without_pipes_of_use_bytes_go_the_usual_way(
         monkeypatch.setattr(os, "pipe", lambda: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")))
         assert brought(one, store) == DATA
         monkeypatch.delattr(os, "splice")
+        assert brought(one, store) == DATA
+    assert not piped
+
+
+def test_a_pipe_whose_size_nobody_tells_is_not_used_and_not_left_open(
+    store: BlobStore, piped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.ENOSYS, "not here")
+
+    monkeypatch.setattr(fcntl, "fcntl", refused)
+    with Wire([whole()]) as wire, client(wire.url) as one:
+        assert brought(one, store) == DATA
+    assert not piped
+
+
+def test_what_comes_in_chunks_does_not_go_through_a_pipe(store: BlobStore, piped: list[int]) -> None:
+    pieces = [DATA[at : at + 100_000] for at in range(0, SIZE, 100_000)]
+    answer = chunked(*pieces, status=206, content_range=f"bytes 0-{SIZE - 1}/{SIZE}", etag=TAG)
+    with Wire([answer]) as wire, client(wire.url) as one:
         assert brought(one, store) == DATA
     assert not piped
 
@@ -203,15 +287,53 @@ def test_bytes_beyond_the_end_are_never_taken(store: BlobStore, piped: list[int]
         assert wire.connections == 2  # what is in front of the next answer would be taken for it
 
 
-def waiting(answered: Answer, store: BlobStore, act: Callable[[HttpClient], None], **settings: Any) -> NetworkError:
+@pytest.mark.parametrize("at", [70_000, 200_000, SIZE - 1])
+def test_an_urgent_byte_is_no_part_of_the_body_and_holds_nobody(store: BlobStore, piped: list[int], at: int) -> None:
+    """The kernel says that there is something to read behind it, and splices nothing."""
+    with Wire([whole()[: -SIZE + at], URGENT, DATA[at:]]) as wire, client(wire.url, timeout=5.0) as one:
+        assert brought(one, store) == DATA
+        assert len(wire.requests) == 1
+    assert sum(piped) > 0.5 * SIZE
+
+
+def test_an_urgent_byte_is_not_the_end_where_the_end_has_come_too() -> None:
+    """Then the kernel does not say that it splices nothing: it says that it is at the end."""
+    live = LiveSockets()
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sock:
+        theirs, _ = server.accept()
+        with theirs:
+            theirs.sendall(b"a" * 5000)
+            theirs.send(b"!", socket.MSG_OOB)
+            theirs.sendall(b"b" * 5000)
+        ended = select.poll()
+        ended.register(sock, select.POLLRDHUP)
+        assert ended.poll(5000)
+        incoming = _Incoming(sock, sock.makefile("rb", buffering=0), live)
+        incoming.begin_body(may_end=True)
+        came = b""
+        with Pipe() as pipe, contextlib.closing(incoming):
+            assert pipe.is_there
+            while size := incoming.pipe(pipe, 1 << 16):
+                came += os.read(pipe.source, size)
+        assert came == b"a" * 5000 + b"b" * 5000
+
+
+def waiting(
+    answered: Answer,
+    store: BlobStore,
+    act: Callable[[HttpClient], None],
+    interrupt: Interrupt | None = None,
+    **settings: Any,
+) -> NetworkError:
     """How a transfer ends that waits for more in the middle of its body, once ``act`` was called; it is not long."""
     with Wire(answered) as wire, client(wire.url, **settings) as one, store.create(SIZE) as made:
         came, ended = threading.Event(), []
 
         def run() -> None:
             wanted = RangeRequest(0, SIZE)
+            sink = Scatter([(wanted, made)])
             try:
-                one.transfer(Ask("object", wanted), lambda *_: Scatter([(wanted, made)]), on_bytes=lambda _: came.set())
+                one.transfer(Ask("object", wanted), lambda *_: sink, on_bytes=lambda _: came.set(), interrupt=interrupt)
             except NetworkError as error:
                 ended.append(error)
 
@@ -226,29 +348,71 @@ def waiting(answered: Answer, store: BlobStore, act: Callable[[HttpClient], None
         return ended[0]
 
 
-def test_who_waits_for_a_pipe_to_fill_is_woken_by_an_end(store: BlobStore, piped: list[int]) -> None:
-    error = waiting([whole()[: -SIZE // 2], HOLD], store, lambda one: one.close())
+SILENT = {
+    "a silence": [whole()[: -SIZE // 2], HOLD],
+    "an urgent byte": [whole()[: -SIZE // 2], URGENT, HOLD],
+    "an urgent byte and one more": [whole()[: -SIZE // 2], URGENT, b"x", HOLD],
+}
+
+
+@pytest.mark.parametrize("script", SILENT.values(), ids=SILENT)
+def test_who_waits_for_a_pipe_to_fill_is_woken_by_an_end(store: BlobStore, piped: list[int], script: Answer) -> None:
+    error = waiting(script, store, lambda one: one.close())
     assert isinstance(error, Cancelled)
     assert piped
 
 
-def test_a_server_that_falls_silent_is_not_waited_for(store: BlobStore, piped: list[int]) -> None:
-    error = waiting([whole()[: -SIZE // 2], HOLD], store, lambda _: None, timeout=0.3)
+def test_who_waits_for_a_pipe_to_fill_is_woken_by_an_interrupt(store: BlobStore, piped: list[int]) -> None:
+    interrupt = Interrupt()
+    waiting([whole()[: -SIZE // 2], HOLD], store, lambda _: interrupt.fire(), interrupt)
+    assert piped
+
+
+@pytest.mark.parametrize("script", SILENT.values(), ids=SILENT)
+def test_a_server_that_falls_silent_is_not_waited_for(store: BlobStore, piped: list[int], script: Answer) -> None:
+    error = waiting(script, store, lambda _: None, timeout=0.3)
     assert isinstance(error, StalledTransfer)
     assert piped
 
 
-def test_a_disk_that_fails_ends_the_transfer(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    splice = os.splice
+@pytest.mark.parametrize("urgent", [[], [URGENT]], ids=["", "an urgent byte"])
+def test_a_server_that_drips_is_not_waited_for(store: BlobStore, piped: list[int], urgent: list[Any]) -> None:
+    error = waiting([whole()[: -SIZE // 2], *urgent, *drip(bytes(500), 0.02)], store, lambda _: None, timeout=0.3)
+    assert isinstance(error, StalledTransfer)
+    assert piped
 
-    def failing(src: int, dst: int, count: int, **more: Any) -> int:
-        if "offset_dst" in more:
-            raise OSError(errno.EIO, "worn out")
-        return splice(src, dst, count, **more)
 
-    monkeypatch.setattr(os, "splice", failing)
-    with Wire([whole()]) as wire, client(wire.url) as one, pytest.raises(CacheError):
-        brought(one, store)
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, CacheError), (errno.ENOSPC, InsufficientDisk)])
+def test_a_disk_that_fails_ends_the_transfer(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    """And what its pipe still held is in nobody's way."""
+    with Wire(always=[whole()]) as wire, client(wire.url) as one:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "splice", Splices(failing(number, "file", 2), most=1000))
+            with pytest.raises(kind):
+                brought(one, store)
+        assert brought(one, store) == DATA
+        assert wire.connections == 2
+
+
+@pytest.mark.parametrize("side", ["socket", "file"])
+def test_an_interrupt_between_two_steps_leaves_nothing_in_the_way(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    """Ctrl-C in the thread that transfers, when bytes have just been moved."""
+
+    def interrupted(where: str, call: int) -> None:
+        if (where, call) == (side, 2):
+            raise KeyboardInterrupt
+
+    with Wire(always=[whole()]) as wire, client(wire.url) as one:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "splice", Splices(after=interrupted, most=1000))
+            with pytest.raises(KeyboardInterrupt):
+                brought(one, store)
+        assert brought(one, store) == DATA
+        assert wire.connections == 2
 
 
 def test_a_part_file_takes_no_more_than_belongs_to_it_and_no_less_than_was_said(store: BlobStore) -> None:
