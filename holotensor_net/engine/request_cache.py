@@ -117,7 +117,9 @@ class RequestCache:
         self._endpoints = endpoints
         self._user_agent = user_agent
         scopes = [endpoint.scope for endpoint in endpoints]
-        self._place = functools.lru_cache(256)(lambda index, path: (endpoints[index].url_of(path), scopes[index]))
+        place = functools.lru_cache(256)(lambda index, path: (endpoints[index].url_of(path), scopes[index]))
+        self._place = place
+        self._claimed = functools.lru_cache(256)(lambda path: name_of("\n".join(("object", *place(0, path)))))
         self._redacted = functools.lru_cache(256)(redact_url)
         self._clock = clock
         self._here = threading.local()  # each thread's last answer: it has others' fragments to keep
@@ -142,7 +144,7 @@ class RequestCache:
         wanted = request.byte_range
         if wanted is None:
             return self.name(request), 0, 1
-        return name_of(f"object\n{self._object(request.path, 0)}"), wanted.start, wanted.stop
+        return self._claimed(request.path), wanted.start, wanted.stop
 
     def has_appeared(self, name: str) -> bool:
         """Whether an answer of that name may be in the cache."""
