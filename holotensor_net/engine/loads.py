@@ -82,7 +82,7 @@ class Turn:
     for no longer; ``pause`` are the seconds to the next look."""
 
     name: str
-    claim: tuple[str, int, int]
+    claim: tuple[str, int]
     has_come: bool = False
     is_claimed: bool = False
     is_waiting: bool = False

@@ -119,7 +119,7 @@ class RequestCache:
         scopes = [endpoint.scope for endpoint in endpoints]
         place = functools.lru_cache(256)(lambda index, path: (endpoints[index].url_of(path), scopes[index]))
         self._place = place
-        self._claimed = functools.lru_cache(256)(lambda path: name_of("\n".join(("object", *place(0, path)))))
+        self._claimed = functools.lru_cache(256)(lambda path, *cut: name_of(f"{place(0, path)} {cut}"))
         self._redacted = functools.lru_cache(256)(redact_url)
         self._clock = clock
         self._here = threading.local()  # each thread's last answer: it has others' fragments to keep
@@ -139,12 +139,14 @@ class RequestCache:
         """What processes that share a cache call the answer to a request: 64 hex digits."""
         return name_of(self.key(request, 0))
 
-    def claim(self, request: LoadRequest) -> tuple[str, int, int]:
-        """What of which name they claim: the bytes of the object, so that neighbours are next to each other."""
+    def claim(self, request: LoadRequest) -> tuple[str, int]:
+        """Which number of which name they claim: one for each range, since no other would serve; those of neighbours of
+        one length follow each other."""
         wanted = request.byte_range
         if wanted is None:
-            return self.name(request), 0, 1
-        return self._claimed(request.path), wanted.start, wanted.stop
+            return self.name(request), 0
+        number, rest = divmod(wanted.start, wanted.length or 1)
+        return self._claimed(request.path, wanted.length, rest), number
 
     def has_appeared(self, name: str) -> bool:
         """Whether an answer of that name may be in the cache."""

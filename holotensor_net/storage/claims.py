@@ -29,7 +29,7 @@ _WRITING = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "
 _LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, process
 
 _IN_USE = 1 << 61  # whoever has the file open shares this byte
-_LONGEST = 1 << 56  # bytes; names are places below 1 << 60
+_MOST = 1 << 56  # numbers; names are places below 1 << 60
 
 
 _files: weakref.WeakSet[Descriptor] = weakref.WeakSet()
@@ -47,13 +47,13 @@ if hasattr(os, "register_at_fork"):
 
 
 class Claims:
-    """What this process, or another, has claimed by locking bytes of a file: for a name, of 16 hex digits or more, the
-    bytes from ``start`` to ``stop``.
+    """What this process, or another, has claimed, by locking a byte of a file for each: a number of a name of 16 hex
+    digits or more.
 
-    Claims of one name overlap or do not, as their bytes do. Those of neighbours cost the kernel no more than one, as it
-    joins them; else each has to look through all that there are. Never waits. A claim goes with its process, however
-    that ends. Where locks do not work, or the file cannot be written, everyone gets every claim. Thread-safe; the file
-    is opened when a claim is first asked for.
+    Numbers of one name that follow each other cost the kernel no more than one, as it joins them; else each has to look
+    through all that there are. Never waits. A claim goes with its process, however that ends. Where locks do not work,
+    or the file cannot be written, everyone gets every claim. Thread-safe; the file is opened when a claim is first
+    asked for.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,36 +62,37 @@ class Claims:
         self._file: Descriptor | None = None
         self._is_off = _SET is None
 
-    def take(self, name: str, start: int = 0, stop: int = 1) -> bool:
-        """Whether the claim is ours now; False only if somebody else has some of it."""
-        return self._ask(_SET, "F_WRLCK", name, start, stop) is not None
+    def take(self, name: str, number: int = 0) -> bool:
+        """Whether the claim is ours now; False only if somebody else has it."""
+        return self._ask(_SET, "F_WRLCK", name, number) is not None
 
-    def is_free(self, name: str, start: int = 0, stop: int = 1) -> bool:
-        """Whether nobody else has any of the claim."""
-        told = self._ask(_GET, "F_WRLCK", name, start, stop)
+    def is_free(self, name: str, number: int = 0) -> bool:
+        """Whether nobody else has the claim."""
+        told = self._ask(_GET, "F_WRLCK", name, number)
         return not told or _LOCK.unpack(told)[0] == fcntl.F_UNLCK
 
-    def release(self, name: str, start: int = 0, stop: int = 1) -> None:
+    def release(self, name: str, number: int = 0) -> None:
         """Give up a claim."""
-        self._ask(_SET, "F_UNLCK", name, start, stop)
+        self._ask(_SET, "F_UNLCK", name, number)
 
     def close(self) -> None:
         """Give up all claims; from then on everyone gets every claim. The last one to go takes the file along."""
-        if self._file is not None and not self._is_off and self._lock_bytes(self._file, _SET, "F_WRLCK", _IN_USE):
+        with self._lock:
+            file, was_off = self._file, self._is_off
+            self._is_off, self._file = True, None
+        if file is not None and not was_off and self._lock_byte(file, _SET, "F_WRLCK", _IN_USE):
             with contextlib.suppress(OSError):
                 self._path.unlink()
-        self._is_off, self._file = True, None
 
-    def _ask(self, command: Any, kind: str, name: str, start: int, stop: int) -> bytes | None:
+    def _ask(self, command: Any, kind: str, name: str, number: int) -> bytes | None:
         """What the kernel says to a lock; None if somebody else has it, b"" where there are no locks."""
         file = self._file or self._opened()
         if file is None or self._is_off:
             return b""
-        place = int(name[:15], 16) + start % _LONGEST
-        return self._lock_bytes(file, command, kind, place, max(1, min(stop - start, _LONGEST)))
+        return self._lock_byte(file, command, kind, int(name[:15], 16) + number % _MOST)
 
-    def _lock_bytes(self, file: Descriptor, command: Any, kind: str, place: int, length: int = 1) -> bytes | None:
-        wanted = _LOCK.pack(getattr(fcntl, kind), os.SEEK_SET, place, length, 0)
+    def _lock_byte(self, file: Descriptor, command: Any, kind: str, place: int) -> bytes | None:
+        wanted = _LOCK.pack(getattr(fcntl, kind), os.SEEK_SET, place, 1, 0)
         try:
             return fcntl.fcntl(file, command, wanted)
         except (BlockingIOError, PermissionError):  # which of the two it is, is up to the system
@@ -110,8 +111,9 @@ class Claims:
         except OSError:
             self._is_off = True
             return None
-        with self._lock:  # of two that have opened it, one
-            if self._file is None:
-                self._file = file
-        self._lock_bytes(self._file, _SET, "F_RDLCK", _IN_USE)
-        return self._file
+        with self._lock:  # of two that have opened it, one; none if it was closed meanwhile
+            if self._is_off:
+                return None
+            file = self._file = self._file or file
+        self._lock_byte(file, _SET, "F_RDLCK", _IN_USE)
+        return file

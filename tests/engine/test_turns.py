@@ -106,7 +106,7 @@ class Scene:
         self.loader = NetworkLoader(self.config)
         self.other = Claims(cache / "claims")
 
-    def claim(self, request: LoadRequest) -> tuple[str, int, int]:
+    def claim(self, request: LoadRequest) -> tuple[str, int]:
         claim = self.loader._requests.claim(request)
         assert self.other.take(*claim)
         return claim
@@ -160,6 +160,16 @@ def test_what_another_is_at_is_waited_for_and_then_fetched(scene: Callable[..., 
     span = request.byte_range or RangeRequest(0, len(data))
     assert future.result(LIMIT).data == data[span.start : span.stop]
     assert here.other.take(*claim)  # it was given up in the end
+
+
+@pytest.mark.parametrize("span", [(0, 2 << 20), (1_000_000, 1_001_000), (5, 1 << 62)])
+def test_another_cut_of_the_same_bytes_is_not_waited_for(
+    scene: Callable[..., Scene], data: bytes, span: tuple[int, int]
+) -> None:
+    here = scene(timeout=600.0)  # so long would it be waited for
+    here.claim(LoadRequest("big", "big", byte_range=RangeRequest(*span)))
+    request = LoadRequest("part", "big", byte_range=RangeRequest(1_000_500, 1_001_500))
+    assert here.loader.enqueue(request).result(LIMIT).data == data[1_000_500:1_001_500]
 
 
 @pytest.mark.parametrize("conf", [FRESH, ""], ids=["fresh", "stale at once"])

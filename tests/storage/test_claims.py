@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,19 +53,41 @@ def test_one_has_it_until_that_one_ends(path: Path, in_one_process: bool) -> Non
     assert mine.take(NAME)  # it is ours already
 
 
-def test_bytes_of_one_name_are_claimed_apart(path: Path) -> None:
+def test_numbers_of_one_name_are_claimed_apart(path: Path) -> None:
     one, other = Claims(path), Claims(path)
-    assert one.take(NAME, 10, 20)
-    assert other.take(NAME, 20, 30)
-    assert not other.take(NAME, 15, 16)
-    assert not one.take(NAME, 0, 1 << 70)
-    assert [one.is_free(NAME, *span) for span in ((0, 10), (19, 20), (19, 21), (30, 40))] == [True, True, False, True]
-    assert one.take(NAME, 0, 10)
-    one.release(NAME, 5, 15)
-    assert [other.take(NAME, *span) for span in ((5, 15), (0, 5), (15, 20))] == [True, False, False]
-    assert other.take(NAME, 40, 40)  # nothing is something, too
-    assert not one.take(NAME, 40, 41)
-    assert one.take(OTHER, 1 << 100, (1 << 100) + 5)
+    for number in range(10):
+        assert one.take(NAME, number)
+    assert other.take(NAME, 10)
+    assert [other.is_free(NAME, number) for number in (0, 9, 10, 11)] == [False, False, True, True]
+    assert not one.take(NAME, 10)
+    one.release(NAME, 5)
+    assert [other.take(NAME, number) for number in (4, 5, 6)] == [False, True, False]
+    assert one.take(OTHER, 1 << 100)
+
+
+def test_numbers_that_follow_each_other_are_one_lock_to_the_kernel(path: Path) -> None:
+    claims = Claims(path)
+    locks = Path("/proc/locks")
+    if not locks.exists():
+        pytest.skip("the system does not tell of its locks")
+    for number in range(100):
+        assert claims.take(NAME, number)
+    inode = f":{path.stat().st_ino} "
+    assert sum(inode in line for line in locks.read_text().splitlines()) <= 2  # and one for who has the file open
+
+
+def test_who_closes_while_another_thread_opens_holds_nobody_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims, opened = Claims(path), os.open
+
+    def closing(*args: Any, **options: Any) -> int:
+        fd = opened(*args, **options)
+        claims.close()
+        return fd
+
+    monkeypatch.setattr(os, "open", closing)
+    assert claims.take(NAME)
+    monkeypatch.undo()
+    assert Claims(path).take(NAME)
 
 
 def test_end_frees_all_of_one_and_nothing_of_another(path: Path) -> None:
