@@ -14,7 +14,8 @@ from .news import Item, Kind, News, Place
 
 __all__ = ["Ledger", "Named"]
 
-_LOOK_AGAIN = 300.0  # seconds after which what was counted is not trusted for an eviction any more
+_LOOK_AGAIN = 300.0  # seconds after which what was counted is not trusted any more: news may get lost
+_MOST_LOOKING = 0.01  # of the time
 
 
 class Named(NamedTuple):
@@ -54,7 +55,7 @@ class Ledger:
         self._named: Counter[str] = Counter()
         self._size = 0
         self._place = Place()
-        self._looked_at = 0.0
+        self._due = 0.0
         self._has_missed = False
         self._pins: Counter[str] = Counter()
         self._coming: dict[str, int] = {}
@@ -72,18 +73,19 @@ class Ledger:
         return self._has_missed
 
     def is_counted(self) -> bool:
-        """Whether the size is known, and nothing was missed since; takes in what was told."""
+        """Whether the size is known, not too long ago, and nothing was missed since; takes in what was told."""
         self._has_missed = self._has_missed or not self.catch_up()
-        return self._blobs is not None and not self._has_missed
+        return self._blobs is not None and not self._has_missed and self._clock() <= self._due
 
     def count(self) -> None:
-        """Look at the folder, but for its entries. Not for two threads at once. Raises CacheError."""
-        self._look_at(with_entries=False)
+        """Look at the folder, but for its entries if nobody has asked for them yet. Not for two threads at once. Raises
+        CacheError."""
+        self._look_at(with_entries=self._entries is not None)
 
     def refresh(self, *, anew: bool = False) -> None:
         """Know of everything that there is: from the news, or by looking at all of the folder. Not for two threads at
         once. Raises CacheError."""
-        is_old = self._entries is None or self._has_missed or self._clock() > self._looked_at + _LOOK_AGAIN
+        is_old = self._entries is None or self._has_missed or self._clock() > self._due
         if anew or is_old or not self.catch_up():
             self._look_at(with_entries=True)
 
@@ -192,7 +194,7 @@ class Ledger:
             self._blobs, self._parts, self._entries = blobs, parts, entries
             self._named = Counter(named.digest for named in (entries or {}).values())
             self._size = sum(blobs.values()) + sum(part.size for part in parts.values())
-            self._place, self._looked_at = place, began
+            self._place, self._due = place, began + max(_LOOK_AGAIN, (self._clock() - began) / _MOST_LOOKING)
         self._has_missed = not self.catch_up()
 
     def _apply(self, item: Item) -> None:

@@ -25,6 +25,8 @@ _FLAGS |= getattr(os, "O_NONBLOCK", 0)
 _ITEM = struct.Struct("<I4x32s32sq")
 _CHECK = struct.Struct("<I4x")  # CRC-32 of the item before it
 _LENGTH = _ITEM.size + _CHECK.size
+_NUMBERS = 1 << 63
+_MOST_AT_ONCE = 8 << 20  # bytes: to look at the folder costs less than to take in more
 
 
 class Kind(enum.IntEnum):
@@ -48,10 +50,26 @@ class Item(NamedTuple):
     number: int = 0
 
 
+class _File(Descriptor):
+    """Raises OSError for what is no regular file."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        self.identity = _identity(status)
+
+    @property
+    def number(self) -> int:
+        """By which the file that follows names this one."""
+        return self.identity[1] % _NUMBERS
+
+
 class Place(NamedTuple):
     """How far somebody has read: which file, None if there was none, and how many bytes of it."""
 
-    file: Descriptor | None = None
+    file: _File | None = None
     offset: int = 0
 
 
@@ -67,25 +85,26 @@ class News:
         self._path = path
         self._most = most
         self._spare = spare
-        self._file: Descriptor | None = None
+        self._file: _File | None = None
         self._lock = threading.Lock()
 
     def tell(self, items: Iterable[Item]) -> bool:
         """Whether the others, and :meth:`since`, will hear of it."""
         data = b"".join(map(_packed, items))
-        with contextlib.suppress(OSError):
-            for _ in range(2):
+        for _ in range(3):  # another file may have followed, or the handle be stale
+            try:
                 file = self._file or self._opened(create=True)[0]
                 if os.write(file.fileno(), data) < len(data):
                     return False
-                status = os.fstat(file.fileno())
-                if not status.st_nlink:
-                    self._opened(create=True)  # another file has followed
-                    continue
-                # Who writes across the limit begins the next file; should nobody have seen to it, anyone does.
-                if status.st_size - len(data) < self._most <= status.st_size or status.st_size > 2 * self._most:
-                    self._follow(status.st_ino)
-                return True
+                latest, size = self._opened(create=True)
+                if latest.identity == file.identity:
+                    # Who writes across the limit begins the next file; should nobody have seen to it, anyone does.
+                    if size - len(data) < self._most <= size or size > 2 * self._most:
+                        with contextlib.suppress(OSError):
+                            self._follow(file.number)
+                    return True
+            except OSError:
+                self.close()
         return False
 
     def end(self) -> Place:
@@ -99,48 +118,51 @@ class News:
         file = place.file
         try:
             latest, size = self._opened()
-            if file is latest and size == place.offset:
+            is_same = file is not None and file.identity == latest.identity
+            if is_same and size == place.offset:
                 return [], place
-            if file is None or file is latest:
+            if file is None or is_same:
                 heard, offset = _read(latest, place.offset, size)
                 is_missed = file is None and heard[:1] != [] and heard[0].kind is Kind.FOLLOWS
             else:
-                status = os.fstat(file.fileno())
-                heard, _ = _read(file, place.offset, status.st_size)
+                heard, _ = _read(file, place.offset, os.fstat(file.fileno()).st_size)
                 [follows, *more], offset = _read(latest, 0, size)
                 # As long as the file that was followed is open, no other has its number.
-                is_missed = follows.kind is not Kind.FOLLOWS or follows.number != status.st_ino
+                is_missed = follows.kind is not Kind.FOLLOWS or follows.number != file.number
                 heard += more
-        except FileNotFoundError:
-            return ([], place) if file is None else None
         except OSError:
-            return [], place
+            self.close()  # the handle may be stale
+            return ([], place) if file is None else None
         except ValueError:
             return None
         return None if is_missed else (heard, Place(latest, offset))
 
     def begin_anew(self) -> None:
-        """Have everyone look for themselves."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
+        """Have everyone look for themselves, even who has found no news yet: a file comes that follows none."""
+        try:
+            if self._path.parent.is_dir():
+                self._follow(0)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
 
     def close(self) -> None:
         """Let go of the file."""
         with self._lock:
             self._file = None
 
-    def _opened(self, *, create: bool = False) -> tuple[Descriptor, int]:
+    def _opened(self, *, create: bool = False) -> tuple[_File, int]:
         """The file that has the name now, and its size in bytes. Raises OSError."""
         before = self._file
         if before is not None:
-            status = os.fstat(before.fileno())
-            if status.st_nlink:
-                return before, status.st_size
+            # The name is asked: on network file systems the handle does not tell that another file has got it.
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(self._path)
+                if _identity(status) == before.identity:
+                    return before, status.st_size
         if create:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = Descriptor(os.open(self._path, _FLAGS | (os.O_CREAT if create else 0), 0o600))
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError("not a regular file")
+        file = _File(os.open(self._path, _FLAGS | (os.O_CREAT if create else 0), 0o600))
         with self._lock:  # of two that have opened it, one
             if self._file is before:
                 self._file = file
@@ -163,11 +185,17 @@ class News:
 def _read(file: Descriptor, offset: int, size: int) -> tuple[list[Item], int]:
     """The items in a file of ``size`` bytes from ``offset`` on, and where they end.
 
-    Raises OSError, or ValueError for what is no item.
+    Raises OSError, or ValueError for what is no item, or too much.
     """
+    if size - offset > _MOST_AT_ONCE:
+        raise ValueError("too much")
     data = os.pread(file.fileno(), size - offset, offset) if size > offset else b""
     items = [_unpacked(data, start) for start in range(0, len(data) - _LENGTH + 1, _LENGTH)]
     return items, offset + len(items) * _LENGTH
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _packed(item: Item) -> bytes:

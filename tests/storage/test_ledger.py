@@ -134,6 +134,28 @@ def test_who_has_missed_something_looks_again(folder: Folder, way: str) -> None:
     assert B in ledger.blobs()
 
 
+def test_what_was_counted_is_not_believed_for_ever_nor_looked_at_all_the_time(folder: Folder) -> None:
+    now = [0.0]
+    ledger = folder.ledger(clock=now)
+    ledger.refresh()
+    folder.blobs[B] = 20  # by somebody who is not heard
+    now[0] = 299.0
+    assert ledger.is_counted()
+    now[0] = 301.0
+    assert not ledger.is_counted()
+
+    def slow() -> None:
+        now[0] += 10.0
+
+    folder.meanwhile = slow
+    ledger.count()
+    assert (ledger.size, ledger.entries()) == (21, [(ENTRY, Named(A))])
+    now[0] += 900.0
+    assert ledger.is_counted()
+    now[0] += 100.0
+    assert not ledger.is_counted()
+
+
 def test_without_a_place_for_news_it_knows_of_its_own_doings(folder: Folder) -> None:
     (folder.path / "news").mkdir()
     ledger = folder.ledger()

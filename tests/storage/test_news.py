@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,6 +112,99 @@ def test_what_was_missed_is_said_and_not_for_ever(path: Path, way: str) -> None:
     assert heard(reader, place) == told(ITEMS)
 
 
+@pytest.mark.parametrize("found", ["by its name", "by its number of links", "when it is used"])
+def test_file_whose_handle_is_stale_is_opened_again(path: Path, monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    """As on a network file system, when another machine has put another file in its place."""
+    reader, writer = made(path), made(path)
+    writer.tell(ITEMS)
+    place = reader.end()
+    assert place.file is not None
+    stale = place.file.fileno()
+    number = path.stat().st_ino
+    os.link(path, path.with_name("hidden"))  # what such a system does to what is open: links stay
+    writer.begin_anew()
+    writer.tell(ITEMS)
+
+    def fails(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(fd: int, *arguments: Any) -> Any:
+            if fd == stale:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return call(fd, *arguments)
+
+        return called
+
+    if found != "by its name":
+        for name in ("fstat", "pread", "write"):
+            monkeypatch.setattr(os, name, fails(getattr(os, name)))
+    if found == "when it is used":  # even its name seems to be what it was, for the first time
+        place.file.identity = path.stat().st_dev, path.stat().st_ino
+    assert path.stat().st_ino != number
+    assert reader.since(place) is None
+    place = reader.end()
+    assert writer.tell(ITEMS[:2])
+    assert heard(reader, place) == told(ITEMS[:2])
+    assert reader.tell(ITEMS[2:])
+    assert heard(writer, place) == told(ITEMS)
+
+
+def test_who_tells_through_a_stale_handle_tells_the_file_that_is_there(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = made(path), made(path)
+    writer.tell(ITEMS)
+    place = reader.end()
+    write, tries = os.write, []
+
+    def stale_once(fd: int, data: bytes) -> int:
+        tries.append(fd)
+        if len(tries) == 1:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", stale_once)
+    assert writer.tell(ITEMS)
+    assert heard(reader, place) == told(ITEMS)
+    assert len(tries) == 2
+
+
+def test_handle_that_was_let_go_is_no_reason_to_have_missed_anything(path: Path) -> None:
+    news = made(path)
+    news.tell(ITEMS)
+    place = news.end()
+    news.close()
+    assert news.since(place) == ([], place)
+    news.close()
+    news.tell(ITEMS)
+    assert heard(news, place) == told(ITEMS)
+
+
+def test_who_found_no_news_hears_that_it_has_begun_anew(path: Path) -> None:
+    reader, writer = made(path), made(path)
+    place = reader.end()
+    writer.begin_anew()
+    assert not path.parent.exists()
+    assert reader.since(place) == ([], place)
+    writer.tell(ITEMS)
+    writer.begin_anew()
+    assert reader.since(place) is None
+    place = reader.end()
+    assert writer.tell(ITEMS)
+    assert heard(reader, place) == told(ITEMS)
+
+
+def test_more_than_can_be_news_was_missed(path: Path) -> None:
+    reader, writer = made(path, 1000), made(path, 1000)
+    writer.tell(ITEMS)
+    place = reader.end()
+    os.truncate(path, 1 << 40)
+    assert reader.since(place) is None
+    place = reader.end()
+    assert heard(reader, place) == []
+    assert writer.tell(ITEMS)
+    assert heard(reader, place) == told(ITEMS)
+    assert path.stat().st_size < 1000  # another has followed
+
+
 @pytest.mark.parametrize("planted", ["link", "pipe", "folder", "nothing may be written"])
 def test_what_cannot_be_written_has_no_news(path: Path, tmp_path: Path, planted: str) -> None:
     path.parent.mkdir()
@@ -141,10 +237,11 @@ for number in range(500):
     processes = [subprocess.Popen([sys.executable, "-c", script, str(path), str(each)]) for each in range(3)]
     seen: list[int] = []
     while len(seen) < 3000:
+        have_ended = all(process.poll() is not None for process in processes)
         found = news.since(place)
         assert found is not None
         seen += [item.number for item in found[0] if item.kind is Kind.BLOB]
-        if not found[0] and all(process.poll() is not None for process in processes):
+        if not found[0] and have_ended:
             break
         place = found[1]
     assert [process.wait(60) for process in processes] == [0] * 3
