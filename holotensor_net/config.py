@@ -70,7 +70,7 @@ class RetryConfig:
 
     The wait before retry n is drawn from [0, min(max_backoff, initial_backoff · multiplierⁿ)] (full jitter), or is
     that bound itself with ``jitter=False``; a Retry-After of the server is never undercut. ``deadline`` bounds one
-    load in all.
+    load, or one ``head`` of a loader, in all.
     """
 
     max_retries: int = 3

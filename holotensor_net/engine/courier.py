@@ -6,6 +6,7 @@ answer and fail goes to the routes. What becomes of the loads is not decided her
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import threading
@@ -20,6 +21,7 @@ from ..config import NetworkConfig
 from ..errors import (
     Cancelled,
     ChecksumMismatch,
+    DeadlineExceeded,
     HttpError,
     NetworkError,
     ObjectChanged,
@@ -32,12 +34,13 @@ from ..transport.client import Answer, Ask, HttpClient, Write
 from ..transport.guards import check_checksum
 from ..transport.retry import LONGEST_RETRY_AFTER, Patience
 from ..transport.sockets import Interrupt
-from ..values import HeadInfo, LoadRequest, RangeRequest
+from ..values import HeadInfo, LoadRequest, Priority, RangeRequest
 from .alarms import Alarms
 from .assembly import Assembly
 from .hedging import Hedging, Versions
 from .loads import Load, Share, is_sealed
 from .races import Private, Prize, Race
+from .rations import Sender
 from .recovery import Moved, Recovery, is_refusal, silence_of, summary
 from .routes import Routes, is_bad_answer, is_unreachable
 from .scheduler import Piece, Scheduler
@@ -100,16 +103,21 @@ class Courier:
         self.hedges = 0
 
     def head(self, path: str) -> HeadInfo:
-        """What the first endpoint that answers says of an object. Raises what the last one did."""
+        """What the first endpoint that answers says of an object, within ``retry.deadline``. Raises what the last one
+        did."""
+        limit = self._config.retry.deadline
+        patience = Patience(
+            deadline=None if limit is None else self._clock() + limit, closing=self._closing, clock=self._clock
+        )
         failures: list[NetworkError] = []
         with self._lock:
             order = self._routes.in_order(self._clock())
         for endpoint in order:
             try:
                 return self._clients[endpoint].describe(
-                    path, on_request=lambda: self._closing.wait(self._scheduler.charge())
+                    path, patience, on_request=lambda: self._keep_rate(patience, Sender(Priority.NORMAL))
                 )
-            except Cancelled:
+            except (Cancelled, DeadlineExceeded):
                 raise
             except NetworkError as error:
                 failures.append(error)
@@ -224,7 +232,7 @@ class Courier:
                 race.ask,
                 open_sink,
                 patience,
-                on_request=self._after_first(patience, race),
+                on_request=lambda: self._keep_rate(patience, Sender(piece.priority, piece), race),
                 on_bytes=lambda size: self._pace(size, piece, patience, race),
                 on_retry=lambda error: self._note_retry(error, endpoint),
                 may_retry=lambda error: not self._is_crowded(error, endpoint),
@@ -338,7 +346,7 @@ class Courier:
                 ask,
                 open_sink,
                 patience,
-                on_request=lambda: patience.sleep(self._scheduler.charge()),
+                on_request=lambda: self._keep_rate(patience, Sender(race.shares[0].part.fragment.priority)),
                 on_bytes=lambda size: patience.sleep(self._note_bytes(size, None, endpoint)),
                 on_retry=lambda error: self._note_retry(error, endpoint),
                 interrupt=race.second,
@@ -401,19 +409,18 @@ class Courier:
             clock=self._clock,
         )
 
-    def _after_first(self, patience: Patience, race: Race) -> Callable[[], None]:
-        """What is called before each request for a piece: the first was counted when the piece was taken."""
-        is_first = True
-
-        def wait() -> None:
-            nonlocal is_first
-            delay = 0.0 if is_first else self._scheduler.charge()
-            is_first = False
-            if delay > 0:
-                with race.resting(self._clock):
+    def _keep_rate(self, patience: Patience, sender: Sender, race: Race | None = None) -> None:
+        """Before a request: wait until ``max_requests_per_second`` allows it. What is asked for besides the pieces is
+        told at once if it would wait beyond its deadline; a piece may find others who wait for longer."""
+        try:
+            while (delay := self._scheduler.charge(sender)) > 0:
+                if race is None and not patience.outlasts(delay):
+                    raise DeadlineExceeded("max_requests_per_second allows another request only after the deadline")
+                with contextlib.nullcontext() if race is None else race.resting(self._clock):
                     patience.sleep(delay)
-
-        return wait
+        except BaseException:
+            self._scheduler.forgo(sender)
+            raise
 
     def _pace(self, size: int, piece: Piece, patience: Patience, race: Race) -> None:
         """Bytes of a piece have come: rest, before more are read, for as long as others go first or the rate wants."""

@@ -53,9 +53,9 @@ class RateBudget:
         self._saved = 0.0
         self._at = -math.inf
 
-    def delay(self, now: float) -> float:
-        """Seconds from ``now`` until more may be spent; 0 for at once."""
-        return max(0.0, -self._balance(now) / self._rate)
+    def delay(self, now: float, *, ahead: float = 0.0) -> float:
+        """Seconds from ``now`` until more may be spent, once others have spent what is ``ahead``; 0 for at once."""
+        return max(0.0, (ahead - self._balance(now)) / self._rate)
 
     def spend(self, size: int, now: float) -> None:
         """Count so much, before or after the fact."""

@@ -78,12 +78,16 @@ class Race:
 
     @contextlib.contextmanager
     def resting(self, clock: Callable[[], float]) -> Iterator[None]:
-        """The reader of the first rests."""
+        """The reader of the first rests; before an answer has come, it is as if it had begun so much later."""
         self._resting_since = began = clock()
         try:
             yield
         finally:
-            self.rested += clock() - began
+            rest = clock() - began
+            if self.headed is None:
+                self.began += rest
+            else:
+                self.rested += rest
             self._resting_since = None
 
     def seconds(self, now: float) -> float:

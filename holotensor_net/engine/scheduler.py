@@ -20,6 +20,7 @@ from .lanes import Lane, may_begin
 from .pacing import RateBudget
 from .planning import gap_worth_reading, join_neighbours, piece_worth_asking, split, window_worth_filling
 from .priority import PrioritizedFragment, PriorityQueue
+from .rations import Ration, Sender
 
 __all__ = ["Part", "Piece", "Plan", "Scheduler", "SchedulerStats"]
 
@@ -217,7 +218,7 @@ class Scheduler:
         self._parked: set[PrioritizedFragment] = set()
         self._withdrawn: set[PrioritizedFragment] = set()
         self._budget = RateBudget(self.config.max_bandwidth)
-        self._request_budget = RateBudget(self.config.max_requests_per_second)
+        self._ration = Ration(self.config.max_requests_per_second)
         self._pieces = 0  # since one went to who had waited for longest
         self._looked_at = clock()  # when it was looked for
         self._total_bytes = 0
@@ -352,7 +353,7 @@ class Scheduler:
                 now = self._clock()
                 lane, wait = self._next_lane(now)
                 if lane is not None:
-                    wait = self._ration(now)
+                    wait = self._wait_for_rates(lane, now)
                     if wait <= 0:
                         piece = self._take(lane, now)
                         self._pass_on(now)
@@ -435,14 +436,19 @@ class Scheduler:
                 self._changed.notify_all()
             return self._budget.delay(now)
 
-    def charge(self) -> float:
-        """Count another request than the one that a piece was taken for; gives the seconds to pause before it, so that
-        ``max_requests_per_second`` holds."""
+    def charge(self, sender: Sender) -> float:
+        """To be asked before each request, so that ``max_requests_per_second`` holds. 0: it may be sent, and counts.
+        Else the seconds after which to ask again, or to tell that it will not be sent (``forgo``)."""
+        if self.config.max_requests_per_second is None:
+            return 0.0
         with self._changed:
-            now = self._clock()
-            delay = self._request_budget.delay(now)
-            self._request_budget.spend(1, now)
-            return delay
+            return self._ration.send(sender, self._clock())
+
+    def forgo(self, sender: Sender) -> None:
+        """A request that had to wait is not sent."""
+        with self._changed:
+            self._ration.leave(sender)
+            self._changed.notify_all()
 
     def stride(self) -> int:
         """Bytes of one read at most: what is read at once cannot be held to a rate."""
@@ -536,9 +542,11 @@ class Scheduler:
 
     @property
     def is_rationed(self) -> bool:
-        """Whether what is queued waits for ``max_bandwidth`` or ``max_requests_per_second``."""
+        """Whether anything waits for ``max_bandwidth`` or ``max_requests_per_second``."""
         with self._changed:
-            return self.queue_len > 0 and self._ration(self._clock()) > 0
+            now = self._clock()
+            is_short = self._budget.delay(now) > 0 or self._ration.delay(Priority.IDLE, now) > 0
+            return is_short and (self.queue_len > 0 or self._ration.has_line)
 
     def should_throttle(self) -> bool:
         """Whether whoever makes requests ought to hold back, as more of them would only wait: what is queued waits for
@@ -630,9 +638,11 @@ class Scheduler:
                 best, chosen = order, lane
         return chosen, wait
 
-    def _ration(self, now: float) -> float:
-        """Seconds until the rate limits allow another piece."""
-        return max(self._budget.delay(now), self._request_budget.delay(now))
+    def _wait_for_rates(self, lane: Lane, now: float) -> float:
+        """Seconds until the rate limits allow the next piece of a lane."""
+        first = lane.queue.peek()
+        level = Priority.IDLE if first is None else first.priority
+        return max(self._budget.delay(now), self._ration.delay(level, now))
 
     def _pass_on(self, now: float) -> None:
         """A piece was taken. If another may be, one more thread is woken: a fragment may have several,
@@ -704,6 +714,7 @@ class Scheduler:
 
     def _end(self, piece: Piece, now: float) -> None:
         lane = self._in_flight.pop(piece)
+        self._ration.end(piece, now)
         has_risen = lane.end(piece, now)
         if self._urgent:
             self._count_urgent()
@@ -731,8 +742,8 @@ class Scheduler:
         wanted = self._take_range(fragment)
         parts = [self._part(fragment, wanted), *(self._neighbours(fragment, wanted) if is_short else [])]
         parts.sort(key=lambda part: part.byte_range.start)
-        self._request_budget.spend(1, now)
         piece = Piece(tuple(parts), RangeRequest(parts[0].byte_range.start, parts[-1].byte_range.stop))
+        self._ration.hand_out(piece, now)
         self._begin(piece, lane, now)
         if fragment.priority == Priority.CRITICAL:
             self._urgent += 1

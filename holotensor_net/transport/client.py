@@ -194,14 +194,17 @@ class HttpClient:
         """What the server says of the object: size, validators, whether it serves ranges. No body is moved."""
         return self.describe(path)
 
-    def describe(self, path: str, *, on_request: Callable[[], object] = lambda: None) -> HeadInfo:
-        """``head``; ``on_request`` as for ``transfer``."""
+    def describe(
+        self, path: str, patience: Patience | None = None, *, on_request: Callable[[], object] = lambda: None
+    ) -> HeadInfo:
+        """``head``; ``patience`` and ``on_request`` as for ``transfer``."""
         self._settle()
-        patience, allowance = self._patience(), Allowance(self._host)
+        patience, allowance = patience or self._patience(), Allowance(self._host)
         headers = {"Accept-Encoding": "identity"}
 
         def ask() -> HeadInfo:
-            with self._answer("HEAD", path, headers, patience, on_request=on_request) as (reply, said):
+            begin = functools.partial(self._begin, on_request, patience)
+            with self._answer("HEAD", path, headers, patience, on_request=begin) as (reply, said):
                 if reply.status != 200:
                     raise guards.error_of_status(reply.status, said, self._wall())
                 guards.check_encoding(said)
@@ -282,7 +285,7 @@ class HttpClient:
         compressed: bool,
     ) -> None:
         def begin() -> None:
-            pace.on_request()
+            self._begin(pace.on_request, patience)
             state.count()
 
         state.resume()
@@ -449,6 +452,13 @@ class HttpClient:
             yield
         finally:
             slots.release()
+
+    def _begin(self, on_request: Callable[[], object], patience: Patience) -> None:
+        """Wait until a request may be sent; the host may have asked for silence meanwhile."""
+        on_request()
+        while self._host.refusal(self._clock()) is not None:
+            self._keep_silence(patience)
+            on_request()
 
     def _keep_silence(self, patience: Patience) -> None:
         """Wait until the host may be asked. Raises RateLimited at once where nobody would wait so long."""

@@ -396,16 +396,19 @@ def test_a_piece_whose_reader_rests_is_not_slow(
         over.set()
 
 
-def test_rests_do_not_count() -> None:
+@pytest.mark.parametrize("is_headed", [False, True])
+def test_rests_do_not_count(is_headed: bool) -> None:
     now = 10.0
-    race = Race([], Ask("a"), 0, now)
+    race = Race([], Ask("a"), 0, now, headed=now if is_headed else None)
     for length in (1.0, 3.0):
         now += 0.5
         with race.resting(lambda: now):  # noqa: B023
             before = race.seconds(now)
             now += length
             assert race.seconds(now) == before
-    assert (race.seconds(now), race.rested) == (1.0, 4.0)
+    assert race.seconds(now) == 1.0
+    # How long its head and its body took, each without the rests.
+    assert (race.began, race.rested) == ((10.0, 4.0) if is_headed else (14.0, 0.0))
 
 
 def test_closing_ends_both_at_once(load: Callable[..., NetworkLoader]) -> None:

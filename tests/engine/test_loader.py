@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import servers
-from wire import HOLD, Wire, answer, part
+from wire import HOLD, Request, Wire, answer, part
 
 from holotensor_net.config import CdnEndpoint, NetworkConfig, RetryConfig, SchedulerConfig
 from holotensor_net.engine import loader as room
@@ -678,6 +678,56 @@ def test_requests_beyond_the_first_for_a_piece_count_for_the_rate(make: Make) ->
         began = time.monotonic()
         assert loader.load(REQUEST).data == DATA
         assert time.monotonic() - began >= 0.2
+
+
+def ranged(request: Request) -> bytes:
+    """What a request asks of DATA."""
+    start, stop = map(int, request.headers["range"].removeprefix("bytes=").split("-"))
+    return part(DATA, start, stop + 1, etag='"v1"', cache_control="max-age=600")
+
+
+def few(count: int) -> list[LoadRequest]:
+    return [LoadRequest(f"{n}", f"object {n}", byte_range=RangeRequest(0, 1000)) for n in range(count)]
+
+
+def test_what_others_bring_costs_nothing_of_the_rate_of_requests(make: Make) -> None:
+    released = threading.Event()
+
+    def held(request: Request) -> list[bytes | threading.Event]:
+        return [released, ranged(request)]
+
+    with Wire(always=held) as server:
+        first, second = make(server.url), make(server.url, max_requests_per_second=0.01)
+        brought = first.enqueue_many(few(4))
+        server.await_requests(4)
+        shared = second.enqueue_many(few(4))
+        released.set()
+        assert [got(future) for future in brought] == [DATA[:1000]] * 4
+        assert all(future.result(timeout=30).from_cache for future in shared)
+        assert (second.stats().requests, len(server.requests)) == (0, 4)
+
+
+def test_requests_that_were_held_up_together_are_not_sent_together(make: Make) -> None:
+    with Wire(answer(status=429, retry_after=1), always=ranged) as server:
+        loader = make(
+            server.url, max_requests_per_second=20.0, max_concurrent=32, monitor_bandwidth=False, hedging=False
+        )
+        began = time.monotonic()
+        futures = loader.enqueue_many(few(30))
+        assert [got(future) for future in futures] == [DATA[:1000]] * 30
+        assert time.monotonic() - began > 1.0 + 0.9 * 28 / 20  # a silence, and then one after the other
+
+
+def test_a_head_that_the_rate_allows_only_after_its_deadline_is_told_so_at_once(make: Make) -> None:
+    with Wire(answer(), answer()) as server:
+        loader = make(server.url, max_requests_per_second=0.1, retry=RetryConfig(deadline=9.0))
+        loader.head("a")
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            loader.head("b")
+        assert time.monotonic() - began < 4.5
+        assert len(server.requests) == 1
+        assert loader.scheduler._ration.delay(Priority.NORMAL, time.monotonic()) < 10  # it costs nothing
 
 
 def test_the_pool_grows_where_each_connection_is_slow(

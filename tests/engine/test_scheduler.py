@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from holotensor_net.config import CdnEndpoint, NetworkConfig, SchedulerConfig
 from holotensor_net.engine.pacing import ConcurrencyController, Interval
 from holotensor_net.engine.priority import PrioritizedFragment
+from holotensor_net.engine.rations import Sender
 from holotensor_net.engine.scheduler import Piece, Scheduler
 from holotensor_net.errors import ConfigurationError, Timeout
 from holotensor_net.values import LoadRequest, Priority, RangeRequest, Validator
@@ -720,13 +721,37 @@ def test_a_second_request_for_a_piece_is_paid_for_by_the_pieces_that_follow() ->
     clock = Clock()
     queue = scheduler(clock, max_requests_per_second=10.0)
     queue.enqueue_many([LoadRequest("a", "a"), LoadRequest("b", "b")])
-    assert len(drain(queue)) == 1
-    assert queue.charge() == pytest.approx(0.1)
-    assert queue.charge() == pytest.approx(0.2)
-    clock.now += 0.29
+    (piece,) = drain(queue)
+    assert queue.charge(Sender(Priority.NORMAL, piece)) == 0
+    again = Sender(Priority.NORMAL, piece)
+    assert queue.charge(again) == pytest.approx(0.1)
+    clock.now += 0.11
+    assert queue.charge(again) == 0
     assert drain(queue) == []
-    clock.now += 0.02
+    clock.now += 0.1
     assert len(drain(queue)) == 1
+
+
+def test_a_piece_that_is_over_before_anything_was_sent_gives_the_next_one_to_who_waits() -> None:
+    queue = Scheduler(SchedulerConfig(max_requests_per_second=0.01, monitor_bandwidth=False))  # by the real clock
+    queue.enqueue_many([LoadRequest("a", "a"), LoadRequest("b", "b")])
+    piece = queue.next(timeout=5)
+    assert piece is not None
+    with thread(lambda: queue.next(timeout=30)) as waits:
+        wait_until_waiting(queue._changed)
+        queue.release(piece)
+        assert taken([waits()]) == ["b"]
+
+
+def test_who_leaves_the_line_makes_room_for_a_piece() -> None:
+    queue = Scheduler(SchedulerConfig(max_requests_per_second=1.0))  # by the real clock
+    first, second = Sender(Priority.NORMAL), Sender(Priority.NORMAL)
+    assert queue.charge(first) == 0
+    assert queue.charge(second) > 0
+    queue.enqueue(LoadRequest("a", "a"))
+    assert queue.is_rationed
+    queue.forgo(second)
+    assert queue.next(timeout=5) is not None
 
 
 def test_critical_is_given_the_next_request_that_may_be_made() -> None:

@@ -1068,6 +1068,23 @@ def test_who_waits_for_a_connection_does_not_use_it_in_a_silence(client: Open) -
         assert times[0] - began >= 1.0
 
 
+def test_who_waits_for_a_rate_does_not_ask_in_a_silence_that_began_meanwhile(client: Open) -> None:
+    times: list[float] = []
+    rested: list[float] = []
+    with Wire(answer(status=503, retry_after=1), timed(times, answer(DATA))) as wire:
+        asking = client(wire)
+
+        def rest() -> None:
+            rested.append(time.monotonic())
+            if len(rested) == 1:
+                refuse(client(wire))
+
+        answered = asking.transfer(Ask("b"), lambda *_: lambda *_: None, on_request=rest)
+        assert answered.requests == 1
+        assert [len(rested), len(times)] == [2, 1]  # the rate is asked again: others, too, were held up
+        assert times[0] - rested[0] >= 1.0
+
+
 def test_clients_of_one_host_share_its_retries(client: Open) -> None:
     with Wire(always=answer(status=500)) as wire:
         asking = [client(wire, retry=QUICK), client(wire.url + "/other", retry=QUICK)]
