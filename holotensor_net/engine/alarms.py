@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,7 @@ class Alarms:
         self._clock = clock
         self._changed = threading.Condition()
         self._times: list[tuple[float, int, Alarm]] = []
+        self._soon: deque[Callable[[], object]] = deque()
         self._cancelled = 0  # how many of these are
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
@@ -62,6 +64,21 @@ class Alarms:
             elif self._times[0] is entry:
                 self._changed.notify()
         return alarm
+
+    def soon(self, call: Callable[[], object]) -> None:
+        """Have the thread call this, now.
+
+        May be called from within anything, as the garbage collector calls: whatever lock this thread holds, and in the
+        midst of any other method of this object (its lock may be taken again by who has it).
+        """
+        self._soon.append(call)
+        with self._changed:
+            if self._closed:
+                self._soon.clear()
+            elif self._thread is None:
+                self._begin()
+            else:
+                self._changed.notify()
 
     def _begin(self) -> None:
         """Start the thread; where the machine gives none, the next alarm that is set asks for one again. With the lock
@@ -92,6 +109,7 @@ class Alarms:
         with self._changed:
             self._closed = True
             self._times.clear()
+            self._soon.clear()
             self._changed.notify_all()
             thread = self._thread
         if thread is not None and wait:
@@ -108,7 +126,9 @@ class Alarms:
     def _next(self) -> Callable[[], object] | None:
         """The next alarm, once it is due; None if there has been none for a while."""
         with self._changed:
-            while not self._closed and self._changed.wait_for(lambda: self._times or self._closed, _LINGER):
+            while not self._closed and self._changed.wait_for(self._has_work, _LINGER):
+                if self._soon:
+                    return self._soon.popleft()
                 if not self._times:
                     break
                 moment, _, alarm = self._times[0]
@@ -125,3 +145,6 @@ class Alarms:
                     return partial(alarm.ring, subject)
             self._thread = None
             return None
+
+    def _has_work(self) -> bool:
+        return bool(self._times or self._soon or self._closed)

@@ -190,6 +190,10 @@ class Fetcher:
         told = [self._dismiss(waiter, Cancelled("cancelled on request")) for waiter in waiters]
         return any(told)
 
+    def soon(self, call: Callable[[], object]) -> None:
+        """Call this on a thread of ours, at once; for whoever may be called while this thread has any lock."""
+        self._alarms.soon(partial(self._call, call))
+
     def head(self, path: str) -> HeadInfo:
         """What the first endpoint that answers says of an object. Raises what the last one did."""
         return self._courier.head(path)
@@ -242,6 +246,10 @@ class Fetcher:
         """Tell a caller that its time is over, wherever its load is held up."""
         self._here.is_own = True
         self._dismiss(waiter, DeadlineExceeded("the deadline passed before the bytes were there"))
+
+    def _call(self, call: Callable[[], object]) -> None:
+        self._here.is_own = True
+        call()
 
     def _dismiss(self, waiter: Waiter, error: NetworkError) -> bool:
         """One waits no longer, and is told; a load that nobody waits for is dropped. False if it was told already."""

@@ -176,6 +176,10 @@ class NetworkLoader:
         """Results as they come, most urgent first; ``options`` are those of StreamingLoader."""
         return StreamingLoader(self, **options).start(requests)
 
+    def _soon(self, call: Callable[[], object]) -> None:
+        """Call this at once, on a thread that has no lock."""
+        self._fetcher.soon(call)
+
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
         """Move a fragment that has not arrived to another level; False if none of that name is on its way."""
         with self._lock:

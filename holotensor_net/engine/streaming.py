@@ -45,8 +45,13 @@ class StreamingLoader:
     def __enter__(self) -> StreamingLoader:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is GeneratorExit:
+            # A generator was left with the stream in it, by the garbage collector perhaps: that may come in the midst
+            # of anything, while this thread holds the very locks that cancelling takes.
+            self._loader._soon(self.cancel)
+        else:
+            self.cancel()
 
     def __iter__(self) -> Iterator[LoadResult]:
         return self

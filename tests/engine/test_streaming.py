@@ -432,6 +432,41 @@ def test_a_block_that_is_left_early_stops_the_network(make: Make, served: Callab
     assert server.stats().requests <= 6
 
 
+@pytest.mark.parametrize("place", ["the fetcher", "the scheduler", "the alarms", "the stream"])
+def test_a_generator_that_is_collected_while_its_thread_has_a_lock_holds_nothing_up(
+    make: Make, served: Callable[..., Origin], place: str
+) -> None:
+    """The garbage collector may come at any allocation, in the midst of what the engine does under its locks."""
+    server = served(latency=0.05)
+    loader = make(server.url, max_concurrent=2)
+
+    def results() -> Iterator[LoadResult]:
+        with loader.stream(NAMES, buffer=10) as stream:
+            held.append(stream)
+            yield from stream
+
+    held: list[StreamingLoader] = []
+    generator = results()
+    next(generator)
+    locks: dict[str, Any] = {
+        "the fetcher": loader._fetcher._lock,
+        "the scheduler": loader.scheduler._changed,
+        "the alarms": loader._fetcher._alarms._changed,
+        "the stream": held[0]._arrived,
+    }
+
+    def collect() -> None:
+        with locks[place]:
+            generator.close()
+
+    collecting = threading.Thread(target=collect, daemon=True)
+    collecting.start()
+    collecting.join(10.0)
+    assert not collecting.is_alive()
+    until(lambda: loader.stats().connections == 0 and loader.stats().queued == 0)
+    assert server.stats().requests <= 12
+
+
 def test_a_move_reaches_what_waits_what_is_queued_and_what_is_between_pieces(
     make: Make, served: Callable[..., Origin]
 ) -> None:
