@@ -138,7 +138,7 @@ OFFLINE = """
     from holotensor_net.config import CdnEndpoint, NetworkConfig
     from holotensor_net.engine.loader import NetworkLoader
     from holotensor_net.values import LoadRequest, RangeRequest
-    import holotensor_net.engine.streaming, tqdm, requests
+    import blake3, holotensor_net.engine.streaming, tqdm, requests  # what may be where only its owner may read
 
     url, names = sys.argv[1], sys.argv[2].split()
     if os.getuid() == 0 and os.environ.get("DROP"):

@@ -580,7 +580,7 @@ def test_what_is_moved_up_overtakes_at_the_server(make: Make, served: Callable[.
     for name in "abcd":
         (tmp_path / "www" / name).write_bytes(name.encode())
     futures = [loader.enqueue(LoadRequest(name, name)) for name in "abcd"]
-    until(lambda: server.stats().requests >= 1)  # the first is under way: it may be moved, and comes all the same
+    until(lambda: server.stats().peak_requests >= 1)  # the first is under way: it may be moved, and comes all the same
     assert loader.update_priority("d", Priority.CRITICAL) is True
     assert loader.update_priority("a", Priority.IDLE) is True
     assert loader.update_priority("e", Priority.CRITICAL) is False

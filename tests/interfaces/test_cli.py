@@ -436,8 +436,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def big(origin: StartOrigin, tmp_path: Path) -> tuple[str, dict[str, Array]]:
-    """The URL and the tensors of a model that is larger than a small disk."""
-    tensors = llama(blocks=2, side=192)
+    """The URL and the tensors of a model of which each, but for the norms, is larger than a small disk."""
+    tensors = llama(blocks=2, side=300)
     write(tmp_path / "www" / "m.safetensors", tensors)
     return f"{origin(tmp_path / 'www').url}/m.safetensors", tensors
 
