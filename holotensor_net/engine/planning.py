@@ -9,13 +9,22 @@ from collections.abc import Iterator, Sequence
 from ..errors import ConfigurationError
 from ..values import RangeRequest
 
-__all__ = ["coalesce", "gap_worth_reading", "join_neighbours", "piece_worth_asking", "split", "window_worth_filling"]
+__all__ = [
+    "coalesce",
+    "gap_worth_reading",
+    "join_neighbours",
+    "piece_worth_asking",
+    "share_of_rest",
+    "split",
+    "window_worth_filling",
+]
 
 _PIECE_SECONDS = 0.2
 _COMES_FREE = 0.01  # seconds until some connection does
 _PIECE_ROUND_TRIPS = 20.0
 _SMALLEST_PIECE = 64 * 1024
 _FIRST_PIECE = 256 * 1024
+_SMALLEST_SHARE = 4 * 1024 * 1024
 _LONG_PIECE = 4 * 1024 * 1024
 _WINDOW_ROUND_TRIPS = 2.0
 _WINDOW_SECONDS = 0.008  # that a reader may be late
@@ -63,6 +72,12 @@ def gap_worth_reading(round_trip: float, rate: float) -> int:
     """
     gap = round_trip * rate
     return int(gap) if round_trip > 0 and math.isfinite(gap) and gap > 0 else 0
+
+
+def share_of_rest(length: int, connections: int) -> int:
+    """The bytes of the next piece of ``length`` where nothing else is queued: so many that each of the ``connections``
+    has one, and that they end together; 4 MiB at least."""
+    return max(_SMALLEST_SHARE, -(-length // connections))
 
 
 def piece_worth_asking(round_trip: float, rate: float, *, most: int, connections: int = 1) -> int:

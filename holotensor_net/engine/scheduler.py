@@ -18,7 +18,14 @@ from ..values import LoadRequest, Priority, RangeRequest, Validator
 from .bandwidth import BandwidthMonitor
 from .lanes import Lane, may_begin
 from .pacing import RateBudget
-from .planning import gap_worth_reading, join_neighbours, piece_worth_asking, split, window_worth_filling
+from .planning import (
+    gap_worth_reading,
+    join_neighbours,
+    piece_worth_asking,
+    share_of_rest,
+    split,
+    window_worth_filling,
+)
 from .priority import PrioritizedFragment, PriorityQueue
 from .rations import Ration, Sender
 
@@ -765,7 +772,11 @@ class Scheduler:
         plan = self._plan(fragment)
         wanted = plan.pending.popleft()
         if not plan.whole and wanted.length and not self._is_short(fragment):  # shorts are joined as they are
-            first = next(split(wanted, self._piece_size(self.lanes[fragment.lane])))
+            lane = self.lanes[fragment.lane]
+            size = self._piece_size(lane)
+            if len(lane.queue) == 1:
+                size = min(size, share_of_rest(wanted.length, lane.limit))
+            first = next(split(wanted, size))
             if first.stop < wanted.stop:
                 plan.pending.appendleft(RangeRequest(first.stop, wanted.stop))
                 wanted = first

@@ -10,12 +10,14 @@ from holotensor_net.engine.planning import (
     gap_worth_reading,
     join_neighbours,
     piece_worth_asking,
+    share_of_rest,
     split,
     window_worth_filling,
 )
 from holotensor_net.values import RangeRequest
 
 R = RangeRequest
+MIB = 1 << 20
 
 
 @st.composite
@@ -218,3 +220,17 @@ def test_a_window_holds_what_fills_the_path_and_little_more(round_trip, rate, co
 @pytest.mark.parametrize(("connections", "seconds"), [(1, 0.2), (20, 0.2), (64, 0.64), (128, 1.28)])
 def test_of_many_connections_one_comes_free_each_hundredth_of_a_second(connections, seconds):
     assert piece_worth_asking(0.001, 1e6, most=1 << 30, connections=connections) == pytest.approx(1e6 * seconds)
+
+
+@pytest.mark.parametrize(
+    ("length", "connections", "size"),
+    [
+        (128 * MIB, 16, 8 * MIB),
+        (64 * MIB, 1, 64 * MIB),
+        (128 * MIB + 1, 16, 8 * MIB + 1),
+        (5 * MIB, 64, 4 * MIB),
+        (9, 4, 4 * MIB),
+    ],
+)
+def test_what_is_left_is_shared_among_all_connections(length: int, connections: int, size: int) -> None:
+    assert share_of_rest(length, connections) == size
