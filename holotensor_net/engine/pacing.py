@@ -454,8 +454,3 @@ class _Noise:
 
     def error(self, one: _Mean, other: _Mean) -> float:
         return self.deviation * math.sqrt(1 / one.count + 1 / max(1, other.count))
-
-
-def _ratio(difference: float) -> float:
-    """The ratio of two rates from the difference of their logarithms, kept within bounds."""
-    return math.exp(max(-10.0, min(10.0, difference)))

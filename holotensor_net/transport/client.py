@@ -304,14 +304,7 @@ class HttpClient:
             state.expect(said, length)
             self._move(reply, state, length, patience, pace)
 
-    def _move(
-        self,
-        reply: Reply,
-        state: Transfer,
-        length: int | None,
-        patience: Patience,
-        pace: _Pace,
-    ) -> None:
+    def _move(self, reply: Reply, state: Transfer, length: int | None, patience: Patience, pace: _Pace) -> None:
         """Write the body to its place; its end is what was announced, no byte more or less."""
         try:
             left = self._moved(reply, state, length, patience, pace)
@@ -327,14 +320,7 @@ class HttpClient:
             raise ProtocolError("the server sent more than it announced")
         state.end(is_all=left is None)
 
-    def _moved(
-        self,
-        reply: Reply,
-        state: Transfer,
-        length: int | None,
-        patience: Patience,
-        pace: _Pace,
-    ) -> int | None:
+    def _moved(self, reply: Reply, state: Transfer, length: int | None, patience: Patience, pace: _Pace) -> int | None:
         """Read the body; gives how many of its bytes are missing, None if nobody knew how many there would be."""
         left = length
         with Pipe() as pipe:

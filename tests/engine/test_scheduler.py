@@ -1344,3 +1344,17 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=50, stateful_step_count=40)
+
+
+def test_the_rest_of_an_object_is_shared_among_all_connections_if_nothing_else_is_queued() -> None:
+    mebibyte = 1 << 20
+    queue = scheduler(chunk_size=16 * mebibyte, max_concurrent=8)
+    pinned = Validator('"v"', None, is_strong=True)
+    queue.enqueue(part_of("long", 0, 64 * mebibyte, validator=pinned))
+    first = queue.next(timeout=0)
+    assert first is not None
+    assert first.byte_range.length == 8 * mebibyte
+    queue.enqueue(part_of("other", 0, 64 * mebibyte, validator=pinned, priority=Priority.LOW))
+    then = queue.next(timeout=0)
+    assert then is not None
+    assert then.byte_range.length > 8 * mebibyte
