@@ -22,7 +22,7 @@ Read: TypeAlias = Callable[[int, int], Iterator[memoryview]]
 class Prefix:
     """The digest of a file's bytes from its start, taken as they come, and of spans that have come before their turn.
 
-    The lock guards all, but is not held to hash: one thread at a time does.
+    The lock guards all, but is not held to hash: one thread at a time does, between :meth:`claim` and :meth:`release`.
     """
 
     def __init__(self, hasher: Any = None, length: int = 0, apart: Iterable[Span] = ()) -> None:
@@ -38,7 +38,9 @@ class Prefix:
 
     @property
     def mark(self) -> Mark:
-        return Mark(Span(0, self.length, (self._hasher or blake3_hasher()).hexdigest()), tuple(self._hashed.values()))
+        """What has been hashed; for whoever has claimed."""
+        apart = tuple(span for span in self._hashed.values() if span.start >= self.length)
+        return Mark(Span(0, self.length, (self._hasher or blake3_hasher()).hexdigest()), apart)
 
     def spans(self) -> list[tuple[int, int]]:
         with self._changed:
@@ -51,7 +53,6 @@ class Prefix:
                 self._apart[start] = stop
             self._added += 1
             while (reach := self._apart.pop(self._reach, None)) is not None:
-                self._hashed.pop(self._reach, None)
                 self._reach = reach
             return self._added
 
@@ -79,6 +80,8 @@ class Prefix:
             self.length += len(block)
         if self.length < stop:
             raise OSError(errno.EIO, "the bytes end before they should")
+        # Not before: what more has come meanwhile may reach over them, while the mark does not yet.
+        self._hashed = {start: span for start, span in self._hashed.items() if start >= stop}
 
     def hash_apart(self, read: Read) -> None:
         """Hash what has come before its turn, which will be hashed once more then: so only as long as that costs little
@@ -91,9 +94,7 @@ class Prefix:
             began = time.thread_time()
             span = span_of(read(start, stop), start)
             self._spent += time.thread_time() - began
-            with self._changed:
-                if start in self._apart:
-                    self._hashed[start] = span
+            self._hashed[start] = span
 
     def digest(self, read: Read, size: int) -> str:
         """The digest of the first ``size`` bytes, the rest of them hashed now. Raises OSError."""
