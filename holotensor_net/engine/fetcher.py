@@ -342,6 +342,7 @@ class Fetcher:
                 self._workers += 1
         try:
             while self._workers <= self._scheduler.crew and (piece := self._scheduler.next()) is not None:
+                self._spawn()  # the next one may have to wait for its turn
                 self._run(piece)
                 self._spawn()
         finally:

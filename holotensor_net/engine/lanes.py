@@ -13,6 +13,7 @@ __all__ = ["Lane", "may_begin"]
 
 _AHEAD = 2  # connections that may be begun before those that are as many as never before have been answered
 _SPACING = 0.005  # seconds after which another one may be begun all the same
+_FULL = 0.1  # seconds for which a host that refused gets no more than it was serving then
 
 
 class Lane:
@@ -36,7 +37,8 @@ class Lane:
         self._most_served = 0  # at once, since the limit was changed
         self._ranks: dict[object, int] = {}  # how many there were with each that has not been answered yet
         self._answered = self.limit  # this many, at once
-        self._begun_at = now
+        self._begun_at = now  # the last of those that are as many as never before
+        self._full, self._full_until = 0, 0.0
         self._begin_interval(now)
 
     @property
@@ -51,16 +53,19 @@ class Lane:
 
     @property
     def wanted(self) -> int:
-        """Connections that could be used, urgent ones beyond the limit aside."""
-        return self.limit if len(self.queue) else min(self.active, self.limit)
+        """Connections that could be used, urgent ones beyond the limit aside: those that may be begun now, and the
+        next."""
+        if not len(self.queue):
+            return min(self.active, self.limit)
+        return min(self.limit, max(self._answered + _AHEAD, self.active + 1))
 
     def delay(self, now: float) -> float | None:
         """Seconds until another piece may begin, as far as the host is concerned; None for until something changes.
         Lower levels give way to CRITICAL, so that their connections hardly count."""
-        if self.active < min(self.limit, self._answered + _AHEAD):
-            return 0.0
         if self.active < self.limit:
-            return max(0.0, self._begun_at + _SPACING - now)
+            if now < self._full_until and self.active >= self._full:
+                return self._full_until - now
+            return 0.0 if self.active < self._answered + _AHEAD else max(0.0, self._begun_at + _SPACING - now)
         if self.active >= self.most or self.urgent >= self.limit:
             return None
         first = self.queue.peek()
@@ -75,8 +80,8 @@ class Lane:
             self._begin_interval(now)
         self._account(now)
         self.active += 1
-        self._begun_at = now
         if self.active > self._answered:
+            self._begun_at = now
             self._ranks[piece] = self.active
 
     def end(self, piece: object, now: float) -> bool:
@@ -104,6 +109,7 @@ class Lane:
         """The host wanted fewer connections; whether the limit has risen nevertheless."""
         self._account(now)
         self._refusals += 1
+        self._full, self._full_until = max(1, len(self._served)), now + _FULL
         return self._revise(now, force=True)
 
     def disturb(self) -> None:
