@@ -53,10 +53,10 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, _homes: Iterator[Path]) 
 
 @pytest.fixture(autouse=True)
 def _no_host_known() -> None:
-    """A port may have been another test's, whose server asked for silence."""
-    retry = sys.modules.get("holotensor_net.transport.retry")
-    if retry is not None:
-        retry.HOSTS.forget()
+    """A port may have been another test's, whose server asked for silence, or refused connections."""
+    for room, table in (("transport.retry", "HOSTS"), ("engine.paths", "PATHS")):
+        if (module := sys.modules.get(f"holotensor_net.{room}")) is not None:
+            getattr(module, table).forget()
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("stream_cache/keys", "stream_cache/functions", "stream_cache/frozen", "stream_cache/portable"),
     ),
     2: (
-        *("transport/client", "engine/lanes", "engine/rations", "engine/scheduler"),
+        *("transport/client", "engine/paths", "engine/lanes", "engine/rations", "engine/scheduler"),
         *("storage/entries", "storage/ledger", "storage/disk", "storage/cache", "storage/results"),
     ),
     3: (
@@ -70,7 +70,7 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("storage/blobs",),
     ),
     (("storage/entries", "storage/ledger"), ("storage/disk",), ("storage/cache",)),
-    (("engine/lanes", "engine/rations"), ("engine/scheduler",)),
+    (("engine/paths",), ("engine/lanes", "engine/rations"), ("engine/scheduler",)),
     (("engine/streaming",), ("engine/loader",)),
     (
         ("engine/request_cache",),

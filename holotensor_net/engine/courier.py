@@ -243,6 +243,8 @@ class Courier:
             if race.is_doubled:
                 self._check_sealed(shares)
         except NetworkError as error:
+            if is_refusal(error):  # before its connection is given to another piece
+                self._scheduler.refused(endpoint)
             if isinstance(error, ChecksumMismatch):
                 race.await_second(patience.remaining(self._config.timeout))
             prize = race.end()
@@ -456,8 +458,6 @@ class Courier:
             if not is_passing and silence_of(error) > _SHORTER_THAN_TO_MOVE:
                 is_passing = self._alternative(shares, endpoint) is not None
             self._changed.notify_all()
-        if is_refusal(error):
-            self._scheduler.refused(endpoint)
         if is_crowded:
             self._closing.wait(_CROWDED)
         return is_passing

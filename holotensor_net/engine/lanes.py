@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from ..values import Priority
 from .bandwidth import BandwidthMonitor
 from .pacing import ConcurrencyController, Interval
+from .paths import PATHS, Path
 from .priority import PriorityQueue
 
 __all__ = ["Lane", "may_begin"]
 
 _AHEAD = 2  # connections that may be begun before those that are as many as never before have been answered
 _SPACING = 0.005  # seconds after which another one may be begun all the same
+_KEEP_EVERY = 1.0  # second, at most: to copy what is known costs some 0.1 ms
 _FULL = 0.1  # seconds for which a host that refused gets no more than it was serving then
 
 
@@ -21,13 +23,20 @@ class Lane:
 
     ``active`` pieces are in flight, ``urgent`` ones among them of level CRITICAL. ``ceiling``: connections, at most;
     where it ``is_adaptive``, a controller finds the least that fill the path. A number that the host has not answered
-    at yet is gone up to step by step: one that refuses any more has few to refuse.
+    at yet is gone up to step by step: one that refuses any more has few to refuse. ``host``: the name under which what
+    was found is kept for others, and what others found is looked up; None for neither.
     """
 
-    def __init__(self, queue: PriorityQueue, ceiling: int, *, is_adaptive: bool, now: float) -> None:
+    def __init__(
+        self, queue: PriorityQueue, ceiling: int, *, is_adaptive: bool, now: float, host: str | None = None
+    ) -> None:
         self.queue = queue
         self.monitor = BandwidthMonitor()
-        self.controller = ConcurrencyController(ceiling)
+        self._host = host if is_adaptive else None
+        self._kept_at = now
+        known = None if self._host is None else PATHS.recall(self._host, ceiling, now)
+        self._expected = known or Path(ConcurrencyController(ceiling), 0.0, 0.0)
+        self.controller = self._expected.controller
         self.active = 0
         self.urgent = 0
         self._ceiling = ceiling
@@ -45,6 +54,16 @@ class Lane:
     def limit(self) -> int:
         """Connections that may be used at once, now."""
         return self.controller.limit if self._is_adaptive else self._ceiling
+
+    @property
+    def each(self) -> float:
+        """Bytes/s of a connection, as it was measured, or is expected; 0 if neither."""
+        return self.monitor.current_bandwidth / max(1, self.active) or self._expected.each
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds, as they were measured, or are expected; 0 if neither."""
+        return self.monitor.round_trip or self._expected.round_trip
 
     @property
     def most(self) -> int:
@@ -92,7 +111,18 @@ class Lane:
         self._ranks.pop(piece, None)
         # Between two pieces of a lone connection the interval goes on: it would never come to its end.
         self._is_idle = not self.active and not len(self.queue)
-        return self._revise(now, force=self._is_idle)
+        has_risen = self._revise(now, force=self._is_idle)
+        if self._is_idle and now >= self._kept_at + _KEEP_EVERY:
+            self.keep(now)
+        return has_risen
+
+    def keep(self, now: float) -> None:
+        """Tell others what was found."""
+        self._kept_at = now
+        if self._host is not None and self.controller.has_learnt:
+            each = self.monitor.current_bandwidth / self.limit
+            found = self.controller.heir(self._ceiling, after=0.0)
+            PATHS.keep(self._host, Path(found, each, self.round_trip), now)
 
     def record(self, size: int, piece: object, now: float) -> bool:
         """Bytes have come, of a piece in flight or of none; whether the limit has risen."""
@@ -150,7 +180,7 @@ class Lane:
                     active=self._busy / seconds,
                     saturated=self._saturated and not self._is_disturbed,
                     refusals=self._refusals,
-                    round_trip=self.monitor.round_trip,
+                    round_trip=self.round_trip,
                     lump=self._squares / self._bytes if self._bytes else 0.0,
                     served=self._most_served,
                 )

@@ -7,6 +7,7 @@ to their number up to a knee and is flat above it; on some the bend is soft. So 
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -123,6 +124,28 @@ class ConcurrencyController:
         self._surprise = 0.0
         self._more_in = self._fewer_in = 0
         self._fewer_wait = _FEWER_AFTER
+
+    def heir(self, ceiling: int, *, after: float) -> ConcurrencyController:
+        """One for another transfer on the same path, so many seconds later: it begins with what this one found. A climb
+        that had not come to its end, or came to its ceiling, goes on; so does one that refusals ended, once their
+        number may be tried again."""
+        heir = copy.deepcopy(self)
+        is_found = self._looks is None and self._base < self._refusals.ceiling and self._base <= ceiling
+        heir._refusals.outlive(after, ceiling)
+        heir._base = min(self._base, ceiling)
+        heir._rest()
+        heir._sampler = _Sampler()
+        if not is_found or heir._refusals.is_forgiving:
+            heir._forget()
+            heir._looks = []
+        else:
+            heir._settling = max(_LONG, 4 * self._round_trip)
+        return heir
+
+    @property
+    def has_learnt(self) -> bool:
+        """Whether anything is known yet."""
+        return self._base_rate.count > 0 or self._refusals.refused <= self._refusals.ceiling
 
     @property
     def limit(self) -> int:
@@ -337,7 +360,7 @@ class _Refusals:
     """
 
     def __init__(self, ceiling: int) -> None:
-        self._ceiling = ceiling
+        self.ceiling = ceiling
         self._refused: int | None = None
         self.served = 0  # at once, while others were refused; 0 if that is not known
         self.was_told = False  # how many are served, before the last refusal
@@ -354,12 +377,23 @@ class _Refusals:
     @property
     def refused(self) -> int:
         """The least number that was refused; one too many, if none was."""
-        return self._ceiling + 1 if self._refused is None else self._refused
+        return self.ceiling + 1 if self._refused is None else self._refused
 
     @property
     def most(self) -> int:
         """Numbers up to this one have not been refused."""
         return self.refused - 1
+
+    @property
+    def is_forgiving(self) -> bool:
+        """Whether some were refused, so long ago that as many may be tried again."""
+        return self._refused is not None and self._wait <= 0
+
+    def outlive(self, seconds: float, ceiling: int) -> None:
+        """So much time has passed, without a question; and another ceiling holds."""
+        self.ceiling = ceiling
+        self._wait -= seconds
+        self._score = self._deaf = 0.0
 
     def are_too_many(self, interval: Interval, limit: int, *, is_trial: bool) -> bool:
         self._wait -= interval.seconds
@@ -378,7 +412,7 @@ class _Refusals:
 
     def allow(self, base: int, wanted: int) -> int:
         """The number to try in place of ``wanted``; if it is not above ``base``, none may be tried."""
-        wanted = min(self._ceiling, max(base + 1, wanted))
+        wanted = min(self.ceiling, max(base + 1, wanted))
         if self._refused is None:
             return wanted
         if self._wait > 0:

@@ -18,6 +18,7 @@ from ..values import LoadRequest, Priority, RangeRequest, Validator
 from .bandwidth import BandwidthMonitor
 from .lanes import Lane, may_begin
 from .pacing import RateBudget
+from .paths import host_of
 from .planning import (
     gap_worth_reading,
     join_neighbours,
@@ -198,10 +199,11 @@ class Scheduler:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        ceilings = [end.max_connections for end in config.endpoints] if isinstance(config, NetworkConfig) else []
+        ends = config.endpoints if isinstance(config, NetworkConfig) else ()
         own = config.scheduler if isinstance(config, NetworkConfig) else config or SchedulerConfig()
-        ceilings = ceilings or [own.max_concurrent]
-        self.config = replace(own, max_concurrent=min(own.max_concurrent, sum(ceilings)))
+        hosts: list[tuple[int, str | None]] = [(end.max_connections, host_of(end.url)) for end in ends]
+        hosts = hosts or [(own.max_concurrent, None)]
+        self.config = replace(own, max_concurrent=min(own.max_concurrent, sum([ceiling for ceiling, _ in hosts])))
         self._clock = clock
         self.dropped: Callable[[PrioritizedFragment], object] = lambda fragment: None
         lock = threading.RLock()
@@ -217,8 +219,9 @@ class Scheduler:
                 min(ceiling, self.config.max_concurrent),
                 is_adaptive=is_adaptive,
                 now=clock(),
+                host=host,
             )
-            for ceiling in ceilings
+            for ceiling, host in hosts
         ]
         self._latest = self.lanes[0]  # of which a piece was begun
         self._shorts: dict[tuple[str, Validator | None, int], _Shorts] = {}
@@ -619,6 +622,9 @@ class Scheduler:
     def close(self) -> None:
         """Hand out nothing more; whoever waits for a piece gets None."""
         with self._changed:
+            if not self._closed:
+                for lane in self.lanes:
+                    lane.keep(self._clock())
             self._closed = True
             self._forget_queued()
             self._calm.notify_all()
@@ -793,9 +799,9 @@ class Scheduler:
         """Bytes of the next piece."""
         if not self.config.monitor_bandwidth:
             return self.config.chunk_size
-        count = max(1, lane.active)
-        each = lane.monitor.current_bandwidth / count
-        return piece_worth_asking(lane.monitor.round_trip, each, most=self.config.chunk_size, connections=count)
+        return piece_worth_asking(
+            lane.round_trip, lane.each, most=self.config.chunk_size, connections=max(1, lane.active)
+        )
 
     def _neighbours(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> list[Part]:
         """Short fragments of the same object and level that are cheaper to bring along than to ask for later."""
@@ -803,8 +809,7 @@ class Scheduler:
         if shorts is None:
             return []
         lane = self.lanes[fragment.lane]
-        share = lane.monitor.current_bandwidth / max(1, lane.active)
-        gap = min(_LARGEST_GAP, gap_worth_reading(lane.monitor.round_trip or _ROUND_TRIP, share))
+        gap = min(_LARGEST_GAP, gap_worth_reading(lane.round_trip or _ROUND_TRIP, lane.each))
         around = shorts.around(wanted, fragment.priority, gap=gap, length=self._modest)
         ranges = [neighbour.request.byte_range or wanted for neighbour in around]
         joined = join_neighbours(wanted, ranges, max_gap=gap, max_length=self._modest)

@@ -1480,6 +1480,7 @@ class Limit:
 
     seconds = 0.25
     most = 64
+    has_learnt = False
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
