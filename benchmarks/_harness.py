@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 OURS = "ours"
+FIRST = "ours, the first time"  # before anything is known of the path, which later loaders of a process are told
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Case:
         """Seconds."""
         return statistics.median(self.samples[side])
 
-    def ratio(self, side: str) -> float:
+    def ratio(self, side: str, ours: str = OURS) -> float:
         """How many times as long as we the side takes."""
-        return self.median(side) / self.median()
+        return self.median(side) / self.median(ours)
 
     def to_json(self) -> dict[str, Any]:
         bars = [{**bar.__dict__, "is_held": bar.is_held} for bar in self.bars]

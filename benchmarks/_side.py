@@ -75,8 +75,11 @@ class Ours:
         to: str | None = None,
         watch: bool = False,
         checksum: str | None = None,
+        anew: bool = False,
         **more: Any,
     ) -> Any:
+        if anew:  # as the first loader of a process, which knows nothing of the path
+            importlib.import_module("holotensor_net.engine.paths").PATHS.forget()
         with self.loader(url, to, **more) as loader:
             future = loader.enqueue(self.net.LoadRequest(path, path, expected_size=size, checksum=checksum))
             seen = list(watched(loader, future)) if watch else []

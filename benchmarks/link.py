@@ -1,7 +1,8 @@
 """One object over a link of a known rate: steady, and with a step in the middle of the transfer.
 
 The link's share is told in payload: of the rate, headers of every packet take 4 to 5 %, which no client gets around;
-the rate that a single plain stream reaches is measured beside it.
+the rate that a single plain stream reaches is measured beside it. Ours is measured as the first loader of a process,
+which has to find out how many connections there should be, and as one that comes after others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-from ._harness import OURS, Bar, Case
+from ._harness import FIRST, OURS, Bar, Case
 from ._link import Link, shaped
 from ._origin import MIB, folder, write_object
 from ._sides import Effort, Side, sides
@@ -39,22 +40,28 @@ def cases(smallest: bool) -> Iterator[Case]:
 def steady(
     link: Link, there: dict[str, Side], absent: tuple[str, ...], rounds: int, path: str, size: int, rate: float
 ) -> Case:
-    efforts: dict[str, list[Effort]] = {name: [] for name in there}
+    every = {**there, FIRST: there[OURS].told(anew=True)}
+    efforts: dict[str, list[Effort]] = {name: [] for name in every}
     for turn in range(rounds + 1):
-        for name, side in there.items():
-            watch = {"watch": True} if name == OURS else {}
+        for name, side in every.items():
+            watch = {"watch": True} if name in (OURS, FIRST) else {}
             effort = side.work("whole", url=link.url, path=path, size=size, **watch)
             if turn:
                 efforts[name].append(effort)
     samples = {name: [effort.seconds for effort in each] for name, each in efforts.items()}
     least = size / (rate / 8 * PAYLOAD)
-    seen = [used(effort) for effort in efforts[OURS]]
+    seen = {name: statistics.median(used(effort) for effort in efforts[name]) for name in (OURS, FIRST)}
     notes = {name: f"{least / statistics.median(each):.3f} of the link" for name, each in samples.items()}
-    notes[OURS] += f"; {statistics.median(seen):.1f} connections on average"
+    for name, connections in seen.items():
+        notes[name] += f"; {connections:.1f} connections on average"
     case = Case(f"{rate / 1e6:g} Mbit/s: {size / MIB:.3g} MiB, {link.kind}", samples, absent=absent, notes=notes)
-    bars = (
-        Bar("of the link", least / case.median(), at_least=0.97, unit=" ×"),
-        Bar("connections", statistics.median(seen), at_most=2, unit=" (one fills it)"),
+    bars = tuple(
+        bar
+        for name, connections in seen.items()
+        for bar in (
+            Bar(f"{name}: of the link", least / case.median(name), at_least=0.97, unit=" ×"),
+            Bar("connections", connections, at_most=2, unit=" (one fills it)"),
+        )
     )
     return replace(case, work=size / 1e6, unit="MB", bars=bars)
 
