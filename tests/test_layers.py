@@ -26,6 +26,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
         *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter", "transport/pipes"),
+        "transport/heads",
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
         *("storage/claims", "storage/news", "storage/prefix"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
@@ -55,7 +56,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
 STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("values", "config")),
     (("transport/guards", "transport/digests"), ("transport/transfer",)),
-    (("transport/pipes",), ("transport/sockets",), ("transport/adapter",)),
+    (("transport/pipes", "transport/heads"), ("transport/sockets",), ("transport/adapter",)),
     (
         ("formats/strict_json", "formats/dtypes"),
         ("formats/tensors",),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import http.client
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import requests
@@ -22,6 +22,7 @@ from urllib3.connection import BaseSSLError
 from urllib3.connectionpool import log
 from urllib3.exceptions import ProtocolError
 
+from .heads import by_name
 from .pipes import Pipe
 from .sockets import Answer, LiveSockets, Pool, pool_classes
 
@@ -38,7 +39,7 @@ class Reply:
     def __init__(self, response: requests.Response) -> None:
         self.status: int = response.status_code
         self.url: str = response.url
-        self.headers = _said(response.headers.items())
+        self.headers = by_name(response.headers.items())
         self._raw: Any = response.raw
         answer = getattr(response.raw, "_original_response", None)  # as ``sockets`` reads it
         self._answer = answer if isinstance(answer, Answer) else None
@@ -94,7 +95,7 @@ class _BareReply(Reply):
     def __init__(self, url: str, pool: Pool, answer: Answer) -> None:
         self.status = answer.status
         self.url = url
-        self.headers = _said(answer.said)
+        self.headers = dict(answer.said)
         self._pool = pool
         self._answer: Answer = answer
 
@@ -180,15 +181,6 @@ def ask(
     if isinstance(adapter, Adapter):
         adapter.learn(way, response)
     return Reply(response)
-
-
-def _said(items: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Headers by their names in lower case; those of one name as one (RFC 9110 §5.2)."""
-    said: dict[str, str] = {}
-    for name, value in items:
-        name, value = name.lower(), value.strip(" \t")
-        said[name] = f"{said[name]}, {value}" if name in said else value
-    return said
 
 
 @functools.lru_cache(256)
