@@ -18,7 +18,7 @@ from ..transport.guards import check_checksum
 from ..values import HeadInfo, LoadRequest, RangeRequest
 from .loads import Attempt, Load, Share, Whole
 from .recovery import Gone, is_failing
-from .request_cache import Destination, RequestCache, contradicts
+from .request_cache import Destination, Proven, RequestCache, contradicts
 from .scheduler import Scheduler
 from .sinks import Bounded, Scatter
 from .turns import Turns
@@ -147,10 +147,12 @@ class Assembly:
             return True
         if answer.head.size is None or attempt.is_open_ended:
             return self._ends(load, answer.head, came)
-        part = _overlap(came, attempt.wanted)
+        wanted = attempt.wanted
+        is_all = came.start <= wanted.start and wanted.stop <= came.stop
+        part = wanted.length if is_all else _overlap(came, wanted)
         if not load.is_provable:
             attempt.head = answer.head
-            if part < attempt.wanted.length:
+            if not is_all:
                 # Nothing proves that the rest would be of the same version: all of it has to come in one answer.
                 self._scheduler.extend(load.fragment, [attempt.wanted], whole=True)
                 return False
@@ -186,7 +188,8 @@ class Assembly:
             raise Gone("the cached bytes are gone")
         return Whole(data, self._cache.told(load.held), from_cache=True)
 
-    def verified(self, share: Share, endpoint: int) -> Whole:
+    def proven(self, share: Share) -> Proven:
+        """A load of which all is there, if that is right. Raises what is wrong with it."""
         load, attempt = share.load, share.attempt
         request, head, wanted = load.request, attempt.head, attempt.wanted
         assert head is not None
@@ -210,8 +213,11 @@ class Assembly:
             check_digests(data, attempt.digests)
         if head.size is None and request.byte_range is None:
             head = replace(head, size=len(data))
-        kept = self._cache.keep(request, endpoint, head, wanted, destination, asked_at=attempt.asked_at)
-        return Whole(kept, head)
+        return Proven(request, head, wanted, destination, data, attempt.asked_at)
+
+    def kept(self, proven: list[Proven], endpoint: int) -> list[Whole]:
+        """Publish what proved right."""
+        return [Whole(data, each.head) for data, each in zip(self._cache.keep(proven, endpoint), proven, strict=True)]
 
     def stale(self, load: Load) -> Whole | None:
         """What the cache has of it, where its server fails and has allowed that."""

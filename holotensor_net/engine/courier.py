@@ -142,9 +142,9 @@ class Courier:
 
     def choose(self, shares: list[Share]) -> int:
         """The endpoint to ask, once there is one. Raises what all of them suffer from."""
-        patience = self._patience(shares)
-        with self._lock:
-            while True:
+        patience: Patience | None = None
+        while True:
+            with self._lock:
                 choice = self._routes.choose(self._excluded(shares), self._clock(), keep=self._home(shares[0].load))
                 if isinstance(choice, int):
                     return choice
@@ -152,8 +152,11 @@ class Courier:
                     raise copy.copy(choice)
                 if choice is None:
                     raise RetriesExhausted(message="no endpoint is left to ask")
-                self._changed.wait(patience.remaining(choice.seconds))
+                if patience is not None:
+                    self._changed.wait(patience.remaining(choice.seconds))
+            if patience is not None:
                 patience.check()
+            patience = patience or self._patience(shares)
 
     def is_accepted(self, piece: Piece, endpoint: int) -> bool:
         """Whether an endpoint that was chosen may be asked now; else the piece is queued for it, and done with."""
@@ -178,7 +181,7 @@ class Courier:
 
     def _excluded(self, shares: list[Share]) -> Collection[int]:
         """The endpoints that are not to be asked for one of these. With the lock held."""
-        return set().union(*(self._recovery.excluded(share.load) for share in shares))
+        return self._recovery.excluded(*[share.load for share in shares])
 
     @staticmethod
     def _home(load: Load) -> int | None:

@@ -23,10 +23,10 @@ from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess
 from .alarms import Alarms
 from .assembly import Assembly
 from .courier import Courier
-from .loads import Attempt, Books, Fragment, Load, Share, Waiter, Whole
+from .loads import Attempt, Books, Fragment, Load, Share, Waiter, Whole, identity_of
 from .priority import PrioritizedFragment
 from .recovery import Again, Recovery, summary
-from .request_cache import Found, RequestCache, Resumed
+from .request_cache import Found, Proven, RequestCache, Resumed
 from .scheduler import Piece, Scheduler
 from .turns import Move, Turns
 
@@ -127,11 +127,12 @@ class Fetcher:
             if self._closing.is_set():
                 raise Cancelled("the loader is closed: make a new one")
             for (request, held), is_begun in zip(asked, may_resume, strict=True):
-                load = self._books.find(request)
+                identity = identity_of(request)
+                load = self._books.find(identity)
                 if load is not None:
                     futures.append(self._join(load, request, now, shared))
                     continue
-                load = self._books.open(request, held, now, whole=self._recovery.is_without_ranges)
+                load = self._books.open(request, identity, held, now, whole=self._recovery.is_without_ranges)
                 load.fragment.lane = self._courier.next_for(load)
                 load.may_resume = is_begun and not load.whole
                 opened.append(load)
@@ -232,8 +233,10 @@ class Fetcher:
 
     def _wait_for(self, load: Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
         """A future for the end of a load. With the lock held."""
-        limits = [limit for limit in (self._config.retry.deadline, request.deadline) if limit is not None]
-        until = now + min(limits) if limits else None
+        limit, own = self._config.retry.deadline, request.deadline
+        if limit is None or (own is not None and own < limit):
+            limit = own
+        until = None if limit is None else now + limit
         waiter = Waiter(load, request, now, until, is_shared=shared and request.deadline is None)
         self._books.enter(waiter)
         # Future and waiter would hold each other, and so the bytes, until garbage is collected.
@@ -382,6 +385,8 @@ class Fetcher:
     def _is_held_back(self, piece: Piece) -> bool:
         """Whether a piece is not begun with, as another process brings something of it, or has; the rest of it is
         queued again."""
+        if not self._turns.are_taken:
+            return False
         parts = [part.fragment for part in piece.parts if not part.is_stale]
         loads = [fragment.load for fragment in parts if isinstance(fragment, Fragment) and not fragment.load.done]
         ours = [load for load in loads if self._is_ours(load)]
@@ -481,11 +486,17 @@ class Fetcher:
     def _deliver(self, complete: list[Share], answer: Answer, endpoint: int) -> None:
         """Verify and publish what is all there, and tell whoever waits."""
         ended: list[tuple[Load, Whole]] = []
+        proven: list[Proven] = []
+        loads: list[Load] = []
         try:
             for share in complete:
                 outcome = self._complete(share, answer, endpoint)
-                if outcome is not None:
+                if isinstance(outcome, Whole):
                     ended.append((share.load, outcome))
+                elif outcome is not None:
+                    proven.append(outcome)
+                    loads.append(share.load)
+            ended += zip(loads, self._assembly.kept(proven, endpoint), strict=True)
         finally:
             self._resolve_all(ended)
             self._leave(complete)
@@ -509,12 +520,14 @@ class Fetcher:
             with self._lock:
                 self._workers += 1
 
-    def _complete(self, share: Share, answer: Answer, endpoint: int) -> Whole | None:
-        """All pieces of a load are there: verify and publish it. None if that failed, and has been seen to."""
+    def _complete(self, share: Share, answer: Answer, endpoint: int) -> Whole | Proven | None:
+        """All pieces of a load are there: verify it, and publish it unless others can be published with it. None if
+        that failed, and has been seen to."""
         load = share.load
         try:
             if not answer.not_modified:
-                return self._assembly.verified(share, endpoint)
+                proven = self._assembly.proven(share)
+                return proven if proven.is_in_memory else self._assembly.kept([proven], endpoint)[0]
             outcome = self._assembly.confirmed(load, answer)
         except NetworkError as error:
             share.attempt.is_sound = False

@@ -128,7 +128,8 @@ class NetworkLoader:
     def _enqueue_all(self, requests: Sequence[LoadRequest]) -> Iterator[Future[LoadResult]]:
         """``enqueue`` for each, but nothing is begun with."""
         without: set[object] = set()
-        answers = [self._at_once(request, without) for request in requests]
+        is_offline = offline(self.config.offline)
+        answers = [self._at_once(request, without, is_offline) for request in requests]
         asked = [
             (request, answer)
             for request, answer in zip(requests, answers, strict=True)
@@ -138,13 +139,15 @@ class NetworkLoader:
         return (next(futures) if answer is None or isinstance(answer, Found) else _done(answer) for answer in answers)
 
     def _at_once(
-        self, request: LoadRequest, without: set[object] | None = None
+        self, request: LoadRequest, without: set[object] | None = None, is_offline: bool | None = None
     ) -> LoadSuccess | LoadFailure | Found | None:
         """What can be said without the network: a result, or what the network may confirm."""
         if self._closed:
             raise Cancelled("the loader is closed: make a new one")
         try:
-            return self._from_cache(request, without)
+            return self._from_cache(
+                request, without, offline(self.config.offline) if is_offline is None else is_offline
+            )
         except NetworkError as error:  # a path that cannot be asked for
             return LoadFailure(request.fragment_id, error)
 
@@ -246,13 +249,12 @@ class NetworkLoader:
             self._streams.add(stream)
 
     def _from_cache(
-        self, request: LoadRequest, without: set[object] | None = None
+        self, request: LoadRequest, without: set[object] | None, is_offline: bool
     ) -> LoadSuccess | LoadFailure | Found | None:
         """A result without the network, or what the cache has that the network may confirm."""
         began = time.monotonic()
         if request.byte_range is not None and not request.byte_range.length:
             return LoadSuccess(request.fragment_id, memoryview(b""))
-        is_offline = offline(self.config.offline)
         found = self._requests.find(request)
         data = self._requests.data(found) if found is not None and (found.is_fresh or is_offline) else None
         if data is None:

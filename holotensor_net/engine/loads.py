@@ -19,7 +19,7 @@ from .priority import PrioritizedFragment
 from .request_cache import Destination, Found
 from .scheduler import Part
 
-__all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Turn", "Waiter", "Whole", "is_sealed"]
+__all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Turn", "Waiter", "Whole", "identity_of", "is_sealed"]
 
 
 _MOST_ENDED = 4096
@@ -106,8 +106,8 @@ class Load:
     identity: object
     waiters: list[Waiter] = field(default_factory=list)
     attempt: Attempt = field(default_factory=Attempt)
-    tried: set[int] = field(default_factory=set)
-    failures: list[NetworkError] = field(default_factory=list)
+    tried: frozenset[int] = frozenset()
+    failures: tuple[NetworkError, ...] = ()
     restarts: int = 0
     in_memory: bool = False
     may_resume: bool = False
@@ -204,13 +204,13 @@ class Books:
         there = self._by_name.get(name, ())
         return [there] if isinstance(there, Load) else list(there)
 
-    def find(self, request: LoadRequest) -> Load | None:
-        """The load that an equal request has begun."""
-        return self._loads.get(_identity(request))
+    def find(self, identity: object) -> Load | None:
+        """The load that an equal request has begun, one of the same :func:`identity_of`."""
+        return self._loads.get(identity)
 
-    def open(self, request: LoadRequest, held: Found | None, now: float, *, whole: bool) -> Load:
+    def open(self, request: LoadRequest, identity: object, held: Found | None, now: float, *, whole: bool) -> Load:
         """A new load, that nobody waits for yet."""
-        fragment, identity = Fragment(request, queued_at=now), _identity(request)
+        fragment = Fragment(request, queued_at=now)
         fragment.load = load = Load(request, fragment, held, whole, identity)
         load.is_repeated = identity in self._ended
         self._loads[identity] = load
@@ -258,7 +258,7 @@ class Books:
             self._by_name.pop(name, None)
 
 
-def _identity(request: LoadRequest) -> object:
+def identity_of(request: LoadRequest) -> object:
     """What makes two requests one load: of plain values, which are hashed several times as fast as others."""
     wanted = request.byte_range
     return (

@@ -111,13 +111,15 @@ class PriorityQueue:
         if isinstance(fragment, LoadRequest):
             fragment = PrioritizedFragment(fragment, queued_at=now)
         with self._lock:
-            if fragment._arrival != _NOT_QUEUED:
-                raise ConfigurationError(f"{fragment!r} is queued already: pop or discard it before it is pushed again")
-            fragment._arrival = next(self._arrivals) if place is None else place
-            self._queued.add(fragment)
-            self._place(fragment, now)
-            self._expect(fragment, now)
+            self._push(fragment, now, place)
         return fragment
+
+    def push_all(self, fragments: Iterable[PrioritizedFragment]) -> None:
+        """:meth:`push` for each."""
+        now = self._clock()
+        with self._lock:
+            for fragment in fragments:
+                self._push(fragment, now, None)
 
     def pop(self) -> PrioritizedFragment | None:
         """Take out the most urgent; None when the queue is empty."""
@@ -204,6 +206,15 @@ class PriorityQueue:
             return fragment_id in self._queued
 
     # What follows, and all of the index and of the ranks, runs under the lock.
+
+    def _push(self, fragment: PrioritizedFragment, now: float, place: int | None) -> None:
+        if fragment._arrival != _NOT_QUEUED:
+            raise ConfigurationError(f"{fragment!r} is queued already: pop or discard it before it is pushed again")
+        fragment._arrival = next(self._arrivals) if place is None else place
+        self._queued.add(fragment)
+        self._place(fragment, now)
+        if fragment.deadline_at is not None:
+            self._expect(fragment, now)
 
     def _most_urgent(self) -> PrioritizedFragment | None:
         self._promote()

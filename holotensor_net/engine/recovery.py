@@ -7,7 +7,7 @@ a digest or a strong validator proves that it belongs together; else it ends, an
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from ..errors import (
     CacheError,
@@ -59,9 +59,12 @@ class Recovery:
         """Whether every endpoint has to be asked for whole objects."""
         return len(self._rangeless) == self._endpoints
 
-    def excluded(self, load: Load) -> set[int]:
-        """The endpoints that are not to be asked for a load."""
-        return load.tried if load.whole else load.tried | self._rangeless
+    def excluded(self, *loads: Load) -> set[int]:
+        """The endpoints that are not to be asked for one of these loads."""
+        found: set[int] = set()
+        for load in loads:
+            found |= load.tried
+        return found if all(load.whole for load in loads) else found | self._rangeless
 
     def again(self, load: Load, error: NetworkError, endpoint: int | None, *, is_passing: bool, now: float) -> Again:
         """What to ask for after an error, an endpoint's or nobody's; ``is_passing``: it says nothing of the load."""
@@ -107,11 +110,11 @@ class Recovery:
 
     def _goes_elsewhere(self, load: Load, error: NetworkError, endpoint: int | None) -> bool:
         """Whether there is another endpoint to ask; those without ranges come last."""
-        load.failures.append(error)
+        load.failures += (error,)
         if load.held is not None and load.held.endpoint == endpoint and not is_failing(error):
             load.held = None  # its server does its work, and would not give it
         if endpoint is not None:
-            load.tried.add(endpoint)
+            load.tried |= {endpoint}
             if len(self.excluded(load)) < self._endpoints:
                 return True
         if load.whole or not self._rangeless:
@@ -136,7 +139,7 @@ def silence_of(error: NetworkError) -> float:
     return (error.retry_after or 0.0) if isinstance(_last(error), RateLimited) else 0.0
 
 
-def summary(errors: list[NetworkError]) -> NetworkError:
+def summary(errors: Sequence[NetworkError]) -> NetworkError:
     """One error for a load that failed at every endpoint: the error itself, if they all say the same."""
     last = errors[-1]
     if len({type(error) for error in errors}) == 1:

@@ -7,14 +7,15 @@ it, it is the same.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..config import CdnEndpoint
 from ..errors import CacheError, redact_url, without_query
@@ -26,7 +27,7 @@ from ..storage.memory import MemoryPart
 from ..storage.parts import PartFile
 from ..values import HeadInfo, LoadRequest, RangeRequest, Validator
 
-__all__ = ["Destination", "Found", "RequestCache", "Resumed", "contradicts"]
+__all__ = ["Destination", "Found", "Proven", "RequestCache", "Resumed", "contradicts"]
 
 _WORTH_RESUMING = 8 << 20
 """Bytes of a fragment from which a journal costs less than to fetch again what had come."""
@@ -62,6 +63,25 @@ class Found:
         """What the network said of the object."""
         entry = self.entry
         return HeadInfo(entry.object_size, entry.validator, headers=entry.headers)
+
+
+class Proven(NamedTuple):
+    """A fragment that is all there and right: the bytes ``wanted`` of its object, in its ``destination``.
+
+    ``asked_at``: when the first request for it was sent, from which its age is counted; None: now.
+    """
+
+    request: LoadRequest
+    head: HeadInfo
+    wanted: RangeRequest
+    destination: Destination
+    data: memoryview
+    asked_at: float | None = None
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether it is to be kept together with others."""
+        return isinstance(self.destination, MemoryPart)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,34 +316,35 @@ class RequestCache:
         """The endpoints whose answers have keys of their own."""
         return range(len(self._endpoints) if request.checksum is None else 1)
 
-    def keep(
-        self,
-        request: LoadRequest,
-        endpoint: int,
-        head: HeadInfo,
-        wanted: RangeRequest,
-        destination: Destination,
-        *,
-        asked_at: float | None = None,
-    ) -> memoryview:
-        """Publish a complete fragment, and give its bytes; a cache that fails costs the entry, never the bytes.
-
-        ``asked_at``: when the first request for it was sent, from which its age is counted; None: now.
-        """
-        data = destination.view()
-        answer = self._told_by(request, endpoint, head, asked_at)
-        if not answer.is_storable and not isinstance(destination, PartFile):
-            return data
-        name, digest = without_query(request.fragment_id), _blake3_in(request.checksum)
-        entry = answer.entry.of(name, wanted.length, request.byte_range, digest, asked_at)
-        key = self.key(request, endpoint)
-        try:
+    def keep(self, proven: Sequence[Proven], endpoint: int) -> list[memoryview]:
+        """Publish complete fragments, and give their bytes; a cache that fails costs the entries, never the bytes."""
+        kept = [each.data for each in proven]
+        places: list[int] = []
+        taken: list[tuple[str, memoryview, CacheEntry]] = []
+        for place, each in enumerate(proven):
+            request, destination = each.request, each.destination
+            answer = self._told_by(request, endpoint, each.head, each.asked_at)
+            if not answer.is_storable and not isinstance(destination, PartFile):
+                continue
+            name, digest = without_query(request.fragment_id), _blake3_in(request.checksum)
+            entry = answer.entry.of(name, each.wanted.length, request.byte_range, digest, each.asked_at)
             if isinstance(destination, PartFile):
-                return self._cache.adopt(key, destination, entry)
-            return self._cache.take(key, data, entry)
+                with self._unkept():
+                    kept[place] = self._cache.adopt(self.key(request, endpoint), destination, entry)
+            else:
+                places.append(place)
+                taken.append((self.key(request, endpoint), each.data, entry))
+        with self._unkept():
+            for place, data in zip(places, self._cache.take_all(taken), strict=True):
+                kept[place] = data
+        return kept
+
+    @contextlib.contextmanager
+    def _unkept(self) -> Iterator[None]:
+        try:
+            yield
         except CacheError as error:
             _log.warning("not cached: %s", error)
-            return data
 
     def _told_by(self, request: LoadRequest, endpoint: int, head: HeadInfo, asked_at: float | None) -> _Answer:
         path = request.path

@@ -282,6 +282,7 @@ class Scheduler:
         with self._changed:
             room = self.config.queue_limit - self.queue_len
             left: Sequence[tuple[PrioritizedFragment, bool, bool]] = ()
+            queued: dict[int, list[PrioritizedFragment]] = {}
             for index, (fragment, alone, whole) in enumerate(entries):
                 if fragment.state is _SETTLED or self._closed:
                     continue
@@ -289,7 +290,10 @@ class Scheduler:
                     left = entries[index:]
                     break
                 room -= 1
-                self._put(fragment, alone=alone, whole=whole)
+                self._prepare(fragment, alone=alone, whole=whole)
+                queued.setdefault(fragment.lane, []).append(fragment)
+            for lane, fragments in queued.items():
+                self.lanes[lane].queue.push_all(fragments)
             self._changed.notify(len(entries) - len(left))
             return left
 
@@ -683,6 +687,11 @@ class Scheduler:
         return self._closed or self.queue_len < self.config.queue_limit
 
     def _put(self, fragment: PrioritizedFragment, *, alone: bool, whole: bool) -> None:
+        self._prepare(fragment, alone=alone, whole=whole)
+        self._queue_of(fragment).push(fragment)
+
+    def _prepare(self, fragment: PrioritizedFragment, *, alone: bool, whole: bool) -> None:
+        """Have ready what has to be known of a fragment that is about to be queued."""
         wanted = fragment.request.byte_range
         if whole:
             opening = _opening(fragment.request, self._modest)
@@ -693,7 +702,6 @@ class Scheduler:
             if shorts is None:
                 shorts = self._shorts[where] = _Shorts()
             shorts.add(fragment, wanted)
-        self._queue_of(fragment).push(fragment)
         self._is_urgent_queued |= fragment.priority == Priority.CRITICAL
 
     def _plan(self, fragment: PrioritizedFragment) -> Plan:

@@ -69,6 +69,11 @@ class Turns:
         self._limits = _Limits(seconds, rate)
         self._clock = clock
 
+    @property
+    def are_taken(self) -> bool:
+        """Whether there may be other processes at all."""
+        return self._claims is not None
+
     def take(self, load: Load) -> Move:
         """A worker is about to begin with a load, or with another piece of it."""
         turn = load.turn

@@ -19,7 +19,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,6 +116,17 @@ class FragmentCache:
         if self._disk is not None and entry.digest is None:
             entry = replace(entry, digest=digest_of(data))
         return self._keep(key, entry, data.toreadonly(), data)
+
+    def take_all(self, taken: Sequence[tuple[str, memoryview, CacheEntry]]) -> list[memoryview]:
+        """:meth:`take` for each; where there is no disk, memory takes them at one go."""
+        if self._disk is not None or not all(entry.is_storable and len(data) == entry.size for _, data, entry in taken):
+            return [self.take(*each) for each in taken]
+        now = self._clock()
+        held = [(self._name(key), Held(entry.stored(now), data.toreadonly())) for key, data, entry in taken]
+        for name, _ in held:
+            self._usage.forget(name)
+        self._memory.put_all(held)
+        return [each.view[:] for _, each in held]
 
     def create(
         self, size: int | None, *, key: str | None = None, note: Mapping[str, Any] | None = None
@@ -365,16 +376,18 @@ class _Counting(LRUCache[str, Held]):
         return super().popitem()
 
     def __setitem__(self, name: str, held: Held) -> None:
-        known = self._buffers.get(id(held.view.obj))
+        where = id(held.view.obj)
+        known = self._buffers.get(where)
         buffer = memoryview(held.view.obj).nbytes if known is None else known[1]
-        if buffer > held.view.nbytes and buffer > self.maxsize * _LARGEST_BUFFER:
+        if buffer > self.maxsize * _LARGEST_BUFFER and buffer > held.view.nbytes:
             held = Held(held.entry, memoryview(bytes(held.view)))
-            buffer = held.view.nbytes
+            where, buffer = id(held.view.obj), held.view.nbytes
         if name in self:
             del self[name]
         super().__setitem__(name, held)
-        count, _ = self._buffers.get(id(held.view.obj), (0, 0))
-        self._buffers[id(held.view.obj)] = count + 1, buffer
+        known = self._buffers.get(where)
+        count = 0 if known is None else known[0]
+        self._buffers[where] = count + 1, buffer
         self._bytes += 0 if count else buffer
         while self._bytes > self.maxsize:
             self.popitem()
@@ -411,11 +424,16 @@ class _MemoryTier:
 
     def put(self, name: str, held: Held) -> None:
         """Hold it, or, where it is too large, at least not what was there before."""
+        self.put_all([(name, held)])
+
+    def put_all(self, items: Iterable[tuple[str, Held]]) -> None:
+        """:meth:`put` for each."""
         with self._lock:
-            try:
-                self._held[name] = held
-            except ValueError:
-                self._held.pop(name, None)
+            for name, held in items:
+                try:
+                    self._held[name] = held
+                except ValueError:
+                    self._held.pop(name, None)
 
     def update(self, name: str, entry: CacheEntry) -> None:
         """Replace what is known of bytes that are held; do nothing if they are not, or are others by now."""

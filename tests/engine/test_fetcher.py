@@ -32,7 +32,7 @@ from wire import HOLD, RESET, Request, Wire, answer, black_hole, chunked, closed
 from holotensor_net.config import CacheConfig, CdnEndpoint, NetworkConfig, RetryConfig
 from holotensor_net.engine.fetcher import Fetcher
 from holotensor_net.engine.loader import NetworkLoader
-from holotensor_net.engine.loads import Books, Share
+from holotensor_net.engine.loads import Books, Share, identity_of
 from holotensor_net.engine.request_cache import Destination, RequestCache
 from holotensor_net.engine.scheduler import Part, Scheduler
 from holotensor_net.errors import (
@@ -469,7 +469,7 @@ def test_memory_is_not_shared_where_much_of_it_would_be_for_what_lies_between(
     assembly = bench().fetcher._assembly
     spans = [RangeRequest(start, start + 100) for start in range(0, 3 * (100 + apart), 100 + apart)]
     requests = [LoadRequest(str(span.start), "file", byte_range=span) for span in spans]
-    loads = [Books().open(request, None, 0.0, whole=False) for request in requests]
+    loads = [Books().open(request, identity_of(request), None, 0.0, whole=False) for request in requests]
     parts = [Part(load.fragment, load.request.byte_range, None) for load in loads]  # type: ignore[arg-type]
     shares = [Share(load, load.attempt, part) for load, part in zip(loads, parts, strict=True)]
     assert (assembly._common(shares, spans) is not None) is is_shared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from holotensor_net.engine.loads import Attempt, Books, Load, Waiter
+from holotensor_net.engine.loads import Attempt, Books, Load, Waiter, identity_of
 from holotensor_net.engine.recovery import Again, Gone, Moved, Recovery, is_failing, silence_of, summary
 from holotensor_net.engine.request_cache import Found
 from holotensor_net.errors import (
@@ -35,7 +35,8 @@ ENTRY = CacheEntry(fragment_id="id", size=1)
 def load_of(begun: Validator | None = None, *, held_of: int | None = None, **fields: object) -> Load:
     """A load; ``begun``: of which an answer with that validator has begun to come."""
     held = None if held_of is None else Found("key", ENTRY, held_of, is_fresh=False)
-    load = Books().open(LoadRequest("id", "file", **fields), held, 0.0, whole=False)  # type: ignore[arg-type]
+    request = LoadRequest("id", "file", **fields)  # type: ignore[arg-type]
+    load = Books().open(request, identity_of(request), held, 0.0, whole=False)
     if begun is not None:
         load.attempt = Attempt(endpoint=0, head=HeadInfo(100, begun), wanted=RangeRequest(0, 100), missing=50)
     return load
@@ -74,13 +75,13 @@ def test_each_endpoint_is_asked_once(error: NetworkError) -> None:
     load = load_of(V1, byte_range=RangeRequest(0, 100))
     assert again(load, error, 0, endpoints=2) is PIECE
     assert again(load, error, 1, endpoints=2) is NOTHING
-    assert load.failures == [error, error]
+    assert load.failures == (error, error)
 
 
 def test_what_passes_is_asked_again_and_blames_nobody() -> None:
     load = load_of(V1)
     assert again(load, ConnectionFailed("x"), is_passing=True) is PIECE
-    assert (load.failures, load.tried) == ([], set())
+    assert (load.failures, load.tried) == ((), set())
 
 
 @pytest.mark.parametrize(("until", "expected"), [([1.0], NOTHING), ([1.0, 3.0], PIECE), ([1.0, None], PIECE)])

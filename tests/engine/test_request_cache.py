@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holotensor_net.config import CacheConfig, CdnEndpoint
-from holotensor_net.engine.request_cache import RequestCache, contradicts
+from holotensor_net.engine.request_cache import Proven, RequestCache, contradicts
 from holotensor_net.storage.cache import FragmentCache
 from holotensor_net.storage.memory import MemoryPart
 from holotensor_net.storage.parts import PartFile
@@ -61,7 +61,8 @@ def keep(
     start = request.byte_range.start if request.byte_range is not None else 0
     destination = cache.destination(len(data), head)
     destination.write(0, memoryview(data))
-    return cache.keep(request, endpoint, head, RangeRequest(start, start + len(data)), destination)
+    wanted = RangeRequest(start, start + len(data))
+    return cache.keep([Proven(request, head, wanted, destination, destination.view())], endpoint)[0]
 
 
 # --- what is known by which name
@@ -365,7 +366,8 @@ def test_a_cache_that_cannot_keep_costs_no_byte(
 ) -> None:
     destination = cache.destination(10, head_of())
     destination.write(0, memoryview(b"0123456789"))
-    assert cache.keep(REQUEST, 0, head_of(), RangeRequest(0, 9), destination) == b"0123456789"  # sizes that differ
+    proven = Proven(REQUEST, head_of(), RangeRequest(0, 9), destination, destination.view())  # sizes that differ
+    assert cache.keep([proven], 0) == [b"0123456789"]
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["not cached"]
     assert cache.find(REQUEST) is None
     assert not list(Path(store.config.directory or "").rglob("partial/*"))
