@@ -6,6 +6,7 @@ Every setting: explicit argument > environment > default. The environment is rea
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -26,6 +27,7 @@ Auth: TypeAlias = str | tuple[str, str] | Callable[[], str] | None
 """A bearer token, a user and a password, or a function that gives a fresh token."""
 
 
+@functools.cache
 def version() -> str:
     """The installed version of the package."""
     from importlib.metadata import PackageNotFoundError, version

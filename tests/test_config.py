@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -373,11 +373,20 @@ def test_the_user_agent_names_the_package_and_its_version() -> None:
     assert NetworkConfig().user_agent == f"holotensor-net/{room.version()}" == ClientConfig().user_agent
 
 
+@pytest.fixture
+def unknown_version() -> Iterator[None]:
+    room.version.cache_clear()
+    yield
+    room.version.cache_clear()
+
+
+@pytest.mark.usefixtures("unknown_version")
 def test_without_an_installed_package_there_is_still_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", _raise_not_found)
     assert room.version() == "0+unknown"
 
 
+@pytest.mark.usefixtures("unknown_version")
 def test_an_installed_package_tells_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: f"1.2 of {name}")
     assert room.version() == "1.2 of holotensor-net"

@@ -255,7 +255,7 @@ class NetworkLoader:
         began = time.monotonic()
         if request.byte_range is not None and not request.byte_range.length:
             return LoadSuccess(request.fragment_id, memoryview(b""))
-        found = self._requests.find(request)
+        found = self._requests.find(request, unseen=True)
         data = self._requests.data(found) if found is not None and (found.is_fresh or is_offline) else None
         if data is None:
             data, found = self._slice_of_whole(request, is_offline, without) or (None, found)

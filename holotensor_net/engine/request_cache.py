@@ -184,12 +184,14 @@ class RequestCache:
     def _object(self, path: str, endpoint: int) -> str:
         return "\n".join(self._place(endpoint, path))
 
-    def find(self, request: LoadRequest) -> Found | None:
-        """The best cached answer: a fresh one of any endpoint, else a stale one that its endpoint may confirm."""
+    def find(self, request: LoadRequest, *, unseen: bool = False) -> Found | None:
+        """The best cached answer: a fresh one of any endpoint, else a stale one that its endpoint may confirm.
+
+        ``unseen``: without a look whether its bytes are there, for whoever asks for :meth:`data` next."""
         stale: Found | None = None
         for index in range(len(self._endpoints)):
             key = self.key(request, index)
-            entry = self._cache.find(key)
+            entry = self._cache.find(key, unseen=unseen)
             if entry is None or not _fits(request, entry):
                 continue
             varies_on = entry.freshness.varies_on if "vary" in entry.headers else ()
@@ -197,7 +199,8 @@ class RequestCache:
                 continue
             if request.checksum is not None or _is_pinned(request, entry) or self._is_fresh(request, index, entry):
                 return Found(key, entry, index, is_fresh=True)
-            stale = stale or Found(key, entry, index, is_fresh=False)
+            if stale is None and not (unseen and self._cache.find(key) is None):
+                stale = Found(key, entry, index, is_fresh=False)
         return stale
 
     def _is_fresh(self, request: LoadRequest, endpoint: int, entry: CacheEntry) -> bool:

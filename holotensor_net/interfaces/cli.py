@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import logging
+import operator
 import os
 import signal
 import sys
@@ -100,6 +101,8 @@ def _complain(text: str) -> None:
 
 def _printable(text: str) -> str:
     """The text with control characters spelled out: names that strangers chose must not steer the terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -377,7 +380,6 @@ def _cache() -> Any:
 
 def _cache_ls(arguments: argparse.Namespace) -> None:
     """List what the disk cache holds, the last used first."""
-    entries = sorted(_cache(), key=lambda entry: -entry.last_accessed)
     rows = [
         {
             "fragment": entry.fragment_id,
@@ -388,8 +390,9 @@ def _cache_ls(arguments: argparse.Namespace) -> None:
             "cached_at": entry.cached_at,
             "last_accessed": entry.last_accessed,
         }
-        for entry in entries
+        for entry in _cache()
     ]
+    rows.sort(key=operator.itemgetter("last_accessed"), reverse=True)
     if arguments.json:
         _show(rows)
         return

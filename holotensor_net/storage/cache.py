@@ -174,9 +174,10 @@ class FragmentCache:
             view = part.view()
             return self._keep(key, replace(entry, digest=entry.digest or part.digest()), view, part)
 
-    def find(self, key: str) -> CacheEntry | None:
-        """What is known of a fragment; of its uses, what was written down."""
-        return self._entry(self._name(key))
+    def find(self, key: str, *, unseen: bool = False) -> CacheEntry | None:
+        """What is known of a fragment; of its uses, what was written down. ``unseen``: without a look whether its bytes
+        are there, for whoever wants them in any case."""
+        return self._entry(self._name(key), unseen=unseen)
 
     def get_entry(self, key: str) -> CacheEntry | None:
         """What is known of a fragment, its latest uses included."""
@@ -188,9 +189,16 @@ class FragmentCache:
         return isinstance(key, str) and self._entry(self._name(key)) is not None
 
     def __iter__(self) -> Iterator[CacheEntry]:
+        """Every entry whose bytes are there; whether they have been cut or have rotted is for :meth:`verify` to say."""
+        there: set[str] = set()
+        if self._disk is not None:
+            with self._tolerant:
+                there = self._disk.blobs.names()
         for name in self._names():
             try:
-                entry = self._known(name)
+                entry = self._known(name, unseen=True)
+                if entry is not None and entry.digest not in there:
+                    entry = self._known(name)
             except CacheError as error:
                 self._tolerant.warn(error)
                 continue
@@ -298,17 +306,17 @@ class FragmentCache:
                 names |= self._disk.entries.names()
         return names
 
-    def _entry(self, name: str) -> CacheEntry | None:
+    def _entry(self, name: str, *, unseen: bool = False) -> CacheEntry | None:
         with self._tolerant:
-            return self._known(name)
+            return self._known(name, unseen=unseen)
         return None
 
-    def _known(self, name: str) -> CacheEntry | None:
+    def _known(self, name: str, *, unseen: bool = False) -> CacheEntry | None:
         """Raises CacheError."""
         held = self._memory.get(name)
         if held is not None:
             return held.entry
-        return None if self._disk is None else self._disk.entry(name)
+        return None if self._disk is None else self._disk.entry(name, unseen=unseen)
 
     def _from_disk(self, name: str, known: CacheEntry | None) -> Held | None:
         if self._disk is not None:
@@ -440,7 +448,7 @@ class _MemoryTier:
         with self._lock:
             held = self._held.get(name)
             if held is not None and _version(held.entry) == _version(entry):
-                self._held[name] = Held(entry, held.view)
+                held.entry = entry
 
     def drop(self, name: str) -> None:
         with self._lock:

@@ -31,6 +31,7 @@ __all__ = ["DiskTier"]
 
 _ORPHANED_AFTER = 3600.0  # seconds without a write, for part files of other processes
 _RESUMABLE_FOR = 86400.0  # seconds since a part file that can be resumed was left
+_SOON = 60.0  # seconds after a use that another one need not be shown to other processes at once
 _ENTRY_DUE_WITHIN = 60.0  # seconds from publishing a blob
 _MOST_NEWS, _LEAST_NEWS = 1 << 20, 1 << 16  # bytes that the news may have, for large caches and for small ones
 _FRESH_STARTS = 3  # of an eviction that misses what others tell meanwhile
@@ -71,10 +72,12 @@ class DiskTier:
         with contextlib.suppress(CacheError):
             self.sweep()
 
-    def entry(self, name: str) -> CacheEntry | None:
-        """What is known of bytes that are there; None without them."""
+    def entry(self, name: str, *, unseen: bool = False) -> CacheEntry | None:
+        """What is known of bytes that are there; None without them. ``unseen``: without a look whether they are."""
         entry = self.entries.read(name)
-        return entry if entry is not None and self.blobs.has(_digest_in(entry), entry.size) else None
+        if entry is None or unseen or self.blobs.has(_digest_in(entry), entry.size):
+            return entry
+        return None
 
     def get(self, name: str, known: CacheEntry | None = None) -> Held | None:
         """The bytes, of the version that is ``known``, if that was read before."""
@@ -83,7 +86,8 @@ class DiskTier:
             return None
         view = self.blobs.open(_digest_in(entry), entry.size, stamp=entry.stamp)
         if view is not None:
-            self.entries.touch(name, self._clock())
+            if not 0 <= self._clock() - entry.last_accessed < _SOON:
+                self.entries.touch(name, self._clock())
             return Held(entry, view)
         present = entry if known is None else self.entries.read(name)
         if present is not None and present.digest == entry.digest and self.entries.remove(name):

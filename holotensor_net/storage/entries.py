@@ -146,9 +146,9 @@ def _made(fields: dict[str, Any]) -> CacheEntry:
     return entry
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Held:
-    """An entry with its bytes."""
+    """The bytes, and what is known of them by now."""
 
     entry: CacheEntry
     view: memoryview

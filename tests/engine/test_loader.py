@@ -168,9 +168,9 @@ def test_the_whole_object_is_looked_for_once_for_a_batch_of_its_parts(
     asked: list[RangeRequest | None] = []
     find = loader._requests.find
 
-    def counted(request: LoadRequest) -> Any:
+    def counted(request: LoadRequest, **options: Any) -> Any:
         asked.append(request.byte_range)
-        return find(request)
+        return find(request, **options)
 
     monkeypatch.setattr(loader._requests, "find", counted)
     parts = [LoadRequest(f"{n}", "file", byte_range=(n, n + 1)) for n in range(20)]

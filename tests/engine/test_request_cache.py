@@ -175,6 +175,15 @@ def test_of_two_stale_answers_the_first_endpoint_s_is_confirmed(cache: RequestCa
     assert found.endpoint == 0
 
 
+def test_what_has_lost_its_bytes_is_no_answer_to_be_confirmed(tmp_path: Path) -> None:
+    cache = RequestCache(FragmentCache(CacheConfig(directory=tmp_path / "cache", memory_size=0)), ENDPOINTS)
+    keep(cache)
+    assert cache.find(REQUEST, unseen=True) is not None
+    (blob,) = (path for path in (tmp_path / "cache" / "blobs").rglob("*") if path.is_file())
+    blob.unlink()
+    assert cache.find(REQUEST, unseen=True) is None
+
+
 def test_what_is_found_tells_what_the_network_said_of_the_object(cache: RequestCache) -> None:
     keep(cache, PART, b"2345", head=head_of(V1, 1000, content_type="text/plain"))
     found = cache.find(PART)

@@ -490,6 +490,35 @@ class TestDiskTier:
         assert entry is not None
         assert (entry.access_count, entry.last_accessed) == (1, clock.now)
 
+    def test_a_use_soon_after_another_is_shown_to_others_with_the_next_sync(
+        self, open_cache: Open, tmp_path: Path, clock: Clock
+    ) -> None:
+        cache = open_cache(memory_size=0)
+        cache.put("a", b"abc")
+        (path,) = of("entries", tmp_path / "cache")
+        for seconds, is_shown in ((59, False), (1, True), (59, False)):
+            clock.now += seconds
+            assert cache.get("a") == b"abc"
+            assert (path.stat().st_mtime == clock.now) == is_shown
+        cache.sync()
+        assert path.stat().st_mtime == clock.now
+
+    def test_a_clock_that_was_set_back_is_shown_at_once(self, open_cache: Open, tmp_path: Path, clock: Clock) -> None:
+        cache = open_cache(memory_size=0)
+        cache.put("a", b"abc")
+        (path,) = of("entries", tmp_path / "cache")
+        clock.now -= 5
+        assert cache.get("a") == b"abc"
+        assert path.stat().st_mtime == clock.now
+
+    def test_what_has_lost_its_bytes_is_not_listed(self, open_cache: Open, tmp_path: Path) -> None:
+        cache = open_cache(memory_size=0)
+        for key in "ab":
+            cache.put(key, key.encode(), CacheEntry(key, 1))
+        (blob,) = (tmp_path / "cache" / "blobs").rglob(blake3(b"a").hexdigest())
+        blob.unlink()
+        assert [entry.fragment_id for entry in cache] == ["b"]
+
     def test_books_are_kept_for_memory_hits_too(self, open_cache: Open, clock: Clock) -> None:
         with open_cache(memory_size=1000) as cache:
             cache.put("a", b"abc")
