@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigurationError
@@ -21,12 +22,14 @@ _RISING = 0.1  # of a logarithm, from one look to the next: connections that hav
 _LOOKS = 8  # at a rung of the climb before it is given up: new connections take some round trips to show
 _DOUBT = 0.02  # of a logarithm: what short looks leave in doubt
 _LONGEST_RUNG = 0.5  # seconds after which the climb goes on if the rate still rises
-_SAMPLES = 4  # after which a trial at rest ends, clear or not
+_SAMPLES = 8  # after which a trial at rest ends, clear or not
+_ENOUGH_SAMPLES = 4  # at the base, before anything is compared with it
 _MORE_EVERY = 8  # samples at rest
 _FEWER_AFTER = 16  # samples at rest, doubled each time
 _FEWER_AT_LEAST_EVERY = 256
 _SHORT = 0.01  # seconds of a look, at least
-_LONG = 0.2  # seconds of a sample at rest, at least
+_LONG = 0.1  # seconds of a sample at rest, at least
+_BEGINNING = 0.5  # seconds in which many that begin at once may get in each other's way
 _CHANGE = 0.2  # of a logarithm: a rate so different is another path
 _PATIENCE = 20  # intervals in which a higher number may fail to come into use
 _RETRY = 15.0  # seconds before a number that was refused is tried again
@@ -101,7 +104,7 @@ class ConcurrencyController:
         rest    at the base, watching: a rate that is another twice running belongs to another path
 
     A climb takes short looks, and believes at once what is evident; it may go too far, which costs nothing but
-    connections, and is taken back. At rest a trial takes samples until it is clear, four at most; what stays unclear
+    connections, and is taken back. At rest a trial takes samples until it is clear, eight at most; what stays unclear
     changes nothing. ``seconds`` is how long the next interval should be: looks last a round trip, samples two. What
     refusals do is told at ``_Refusals``. Not thread-safe: whoever measures has a lock.
     """
@@ -117,7 +120,7 @@ class ConcurrencyController:
         self._base_rate = _Mean()
         self._trial: int | None = None
         self._trial_rate = _Mean()
-        self._looks: list[float] | None = []  # of a climb
+        self._looks: list[tuple[float, float]] | None = []  # of a climb: the logarithm of the rate, and seconds
         self._too_few = 0  # the largest number that is known to be too few
         self._settling = 0.0
         self._unused = 0
@@ -139,7 +142,10 @@ class ConcurrencyController:
             heir._forget()
             heir._looks = []
         else:
-            heir._settling = max(_LONG, 4 * self._round_trip)
+            heir._settling = max(_BEGINNING, 4 * self._round_trip)
+            heir._more_in = _MORE_EVERY
+            if self.limit < self._base:  # a trial that was cut short
+                heir._fewer_in = 0
         return heir
 
     @property
@@ -197,9 +203,9 @@ class ConcurrencyController:
         looks, is_first = self._looks, self._trial is None
         assert looks is not None
         scatter = 3 * self._noise.deviation
-        is_rising = not looks or rate > max(looks[-3:]) + max(_RISING, scatter)
-        looks.append(rate)
-        latest = sum(looks[-3:]) / len(looks[-3:])
+        is_rising = not looks or rate > max(before for before, _ in looks[-3:]) + max(_RISING, scatter)
+        looks.append((rate, self._sampler.took))
+        latest = _together(looks[-max(3, len(looks) // 2) :])
         proportional = math.log(self.limit / self._base)
         is_evident = not is_first and rate - self._base_rate.value > max(_EVIDENT_SHARE * proportional, scatter)
         if is_evident or (is_rising and len(looks) * self.seconds > _LONGEST_RUNG):
@@ -209,11 +215,15 @@ class ConcurrencyController:
                 self._climb_on(latest)
             else:
                 self._more_in = _MORE_EVERY  # more has just been tried
+                self._base_rate = _Mean()  # what looks told does not compare with samples
                 self._rest()
 
     def _climb_on(self, rate: float) -> None:
-        """Take the number that is tried for the base, and try twice as many, or as many as may be tried."""
+        """Take the number that is tried for the base, and try twice as many, or as many as may be tried. What came
+        beyond proportion was a burst."""
         if self._trial is not None:
+            if self._base_rate.count:
+                rate = min(rate, self._base_rate.value + math.log(self.limit / self._base))
             self._grow()
         self._base_rate = _Mean()
         self._base_rate.add(rate)
@@ -248,7 +258,7 @@ class ConcurrencyController:
             base.add(rate)
             self._more_in -= 1
             self._fewer_in -= 1
-            if base.count >= _SAMPLES:
+            if base.count >= _ENOUGH_SAMPLES:
                 self._probe(is_rising=surprise > 2 * self._noise.deviation)
 
     def _forget(self) -> None:
@@ -299,6 +309,8 @@ class ConcurrencyController:
         trial, base = self._trial_rate, self._base_rate
         is_more = self.limit > self._base
         is_rising = is_more and trial.count > 0 and rate - trial.last > 2 * self._noise.deviation
+        if trial.count:
+            self._noise.learn(rate - trial.last)
         trial.add(rate)
         proportional = math.log(self.limit / self._base)
         share = (trial.value - base.value) / proportional
@@ -402,7 +414,7 @@ class _Refusals:
             return False
         self._score = self._score * math.exp(-interval.seconds) + interval.refusals
         self.was_told = self.served > 0
-        if not interval.refusals or self._score < (1 if is_trial or self.was_told else max(2, limit / 12)):
+        if not interval.refusals or self._score < (1 if is_trial or self.was_told else max(1.5, limit / 12)):
             return False
         if self._refused is not None and limit >= self._refused:
             self._next_wait = min(2 * self._next_wait, _LONGEST_RETRY)
@@ -432,11 +444,13 @@ class _Sampler:
 
     def __init__(self) -> None:
         self._has_begun = False
+        self.took = 0.0  # seconds, the last of them
         self.clear()
 
     def clear(self) -> None:
         self._seconds = 0.0
         self._bytes = 0
+        self._squares = 0.0
 
     def add(self, interval: Interval) -> float | None:
         if not interval.bytes and not self._has_begun:
@@ -444,13 +458,19 @@ class _Sampler:
         self._has_begun = True
         self._seconds += interval.seconds
         self._bytes += interval.bytes
-        enough = max(_ENOUGH_BYTES, _ENOUGH_LUMPS * interval.lump)
-        is_enough = self._bytes >= enough or self._seconds >= _ENOUGH_SECONDS
+        self._squares += interval.bytes * interval.lump
+        is_even = self._bytes**2 >= _ENOUGH_LUMPS * self._squares
+        is_enough = (self._bytes >= _ENOUGH_BYTES and is_even) or self._seconds >= _ENOUGH_SECONDS
         if not is_enough or self._bytes <= 0 or self._seconds <= 0:
             return None
-        rate = self._bytes / self._seconds
+        rate, self.took = self._bytes / self._seconds, self._seconds
         self.clear()
         return rate
+
+
+def _together(looks: Sequence[tuple[float, float]]) -> float:
+    """The logarithm of the rate of looks together: bursts and the pauses after them count by their seconds."""
+    return math.log(sum(math.exp(rate) * took for rate, took in looks) / sum(took for _, took in looks))
 
 
 class _Mean:

@@ -367,6 +367,12 @@ def test_a_refusal_by_chance_now_and_then_costs_next_to_nothing():
     assert mean(rates[40:]) >= 0.9 * 500 * MB
 
 
+def test_two_refusals_at_the_start_are_believed():
+    controller = ConcurrencyController(64)
+    refused = Interval(0.005, 10_000, 4.0, True, refusals=1, served=2)
+    assert [controller.revise(refused) for _ in range(2)] == [4, 2]
+
+
 def test_refusals_on_the_way_from_before_the_last_step_down_are_not_counted_again():
     controller = ConcurrencyController(64, initial=16)
     storm = Interval(0.01, 0, 16.0, True, refusals=4)
@@ -441,6 +447,25 @@ def test_slow_intervals_are_put_together_until_they_hold_enough_reads():
     controller = ConcurrencyController(64)
     limits = [controller.revise(Interval(0.25, 16384, 4.0, True)) for _ in range(8)]
     assert limits == [4, 4, 4, 4, 4, 4, 4, 8]
+
+
+def test_a_burst_is_no_rate():
+    controller = ConcurrencyController(64)
+    while controller.limit < 8:
+        controller.revise(Interval(0.01, 200_000, 4.0, True, lump=10_000))
+    assert controller.revise(Interval(0.01, 600_000, 8.0, True, lump=500_000)) == 8
+    limits = [controller.revise(Interval(0.01, 200_000, 8.0, True, lump=10_000)) for _ in range(24)]
+    assert max(limits) == 8
+    assert limits[-1] < 8
+
+
+def test_what_comes_beyond_proportion_does_not_end_a_climb():
+    controller = ConcurrencyController(64)
+    while controller.limit < 8:
+        controller.revise(Interval(0.1, 1_000_000, 4.0, True))
+    assert controller.revise(Interval(0.1, 20_000_000, 8.0, True)) == 16  # ten times as much as is likely
+    assert controller.revise(Interval(0.1, 4_000_000, 16.0, True)) == 32
+    assert controller.revise(Interval(0.1, 8_000_000, 32.0, True)) == 64
 
 
 # -- bounds

@@ -94,6 +94,29 @@ def test_an_heir_begins_with_what_was_found_and_stays_there() -> None:
     assert limits == [limits[0]] * 7
 
 
+def test_an_heir_takes_up_the_search_for_fewer_where_it_was_cut_short() -> None:
+    controller = ConcurrencyController(64, initial=32)
+    while controller.limit >= 32:
+        full(controller, most=1, times=1)
+    assert controller.limit == 16  # is being tried
+    heir = controller.heir(64, after=1.0)
+    limits = []
+    for _ in range(30):
+        limits.append(heir.limit)
+        full(heir, most=1, times=1)
+    assert max(limits) == limits[0] == 32
+    assert limits[-1] <= 2
+
+
+def test_what_comes_slowly_in_the_beginning_does_not_make_an_heir_climb() -> None:
+    heir = found(most=10).controller.heir(64, after=1.0)
+    before = heir.limit
+    for _ in range(2):
+        heir.revise(Interval(0.25, 1_000_000, float(before), True))
+    full(heir, most=10, times=4)
+    assert heir.limit == before
+
+
 def test_an_heir_on_a_path_that_is_another_finds_it_out() -> None:
     heir = found(most=10).controller.heir(64, after=1.0)
     full(heir, most=60, times=60)
@@ -150,7 +173,7 @@ def test_a_lane_tells_and_is_told() -> None:
     full(first.controller, most=10)
     first.keep(101.0)
     second = lane(102.0)
-    assert second.limit == first.limit != lane(102.0, "another").limit
+    assert second.limit == first.controller.heir(64, after=0.0).limit != lane(102.0, "another").limit
     assert second.delay(102.0) == 0.0
     for number in range(second.limit):  # as many as are known to be answered, at once
         assert second.delay(102.0) == 0.0
@@ -172,7 +195,7 @@ def test_a_scheduler_that_closes_tells_what_it_found_once() -> None:
     full(first.lanes[0].controller, most=10)
     first.close()
     second = Scheduler(NetworkConfig(endpoints=("https://cdn.example.com/b",)), clock=lambda: 101.0)
-    assert second.limit == first.limit != 4
+    assert second.limit == first.lanes[0].controller.heir(64, after=0.0).limit != 4
     PATHS.forget()
     first.close()
     assert Scheduler(config, clock=lambda: 102.0).limit == 4
@@ -183,7 +206,7 @@ def test_a_second_loader_asks_for_no_more_than_the_first_was_served(
 ) -> None:
     size = 2 << 20
     (tmp_path / "object").write_bytes(bytes(size))
-    kind = Behaviour(rate_per_connection=2_000_000, max_connections=2, refusal=429)
+    kind = Behaviour(rate_per_connection=2_000_000, max_connections=2, refusal=429, retry_after=0)
     server = origin(behaviour=kind)
     limits = []
     for _ in range(2):
