@@ -39,7 +39,7 @@ from .alarms import Alarms
 from .assembly import Assembly
 from .hedging import Hedging, Versions
 from .loads import Load, Share, is_sealed
-from .races import Private, Prize, Race
+from .races import Private, Prize, Race, Second
 from .rations import Sender
 from .recovery import Moved, Recovery, is_refusal, silence_of, summary
 from .routes import Routes, is_bad_answer, is_unreachable
@@ -177,6 +177,8 @@ class Courier:
 
     def _alternative(self, shares: list[Share], endpoint: int) -> int | None:
         """Another endpoint that may be asked and is well, if there is one. With the lock held."""
+        if len(self._clients) == 1:
+            return None
         return self._routes.other(endpoint, self._excluded(shares), self._clock())
 
     def _excluded(self, shares: list[Share]) -> Collection[int]:
@@ -243,7 +245,7 @@ class Courier:
                 window=partial(self._scheduler.window, piece),
                 stride=self._scheduler.stride,
             )
-            if race.is_doubled:
+            if race.second is not None:
                 self._check_sealed(shares)
         except NetworkError as error:
             if is_refusal(error):  # before its connection is given to another piece
@@ -306,8 +308,7 @@ class Courier:
             if ask is not None and second is not None and self._is_worth_asking(second, ask, now):
                 self.hedges += 1
                 self._second_at[second] += 1
-                race.is_doubled = True
-                self._submit(self._hedge, race, second, ask)
+                self._submit(self._hedge, race, race.double(), second, ask)
                 return
             race.pause *= 2
             race.alarm = self._alarms.at(now + race.pause, race, self._is_slow)
@@ -334,11 +335,11 @@ class Courier:
         may_have = ask.pinned is None or self._versions.may_have(ask.path, endpoint, now)
         return may_have and not self._scheduler.is_rationed and self._hedging.spend()
 
-    def _hedge(self, race: Race, endpoint: int, ask: Ask) -> None:
+    def _hedge(self, race: Race, own: Second, endpoint: int, ask: Ask) -> None:
         """Bring a piece from a second endpoint into a place of its own."""
         assert ask.byte_range is not None
         place = Private(ask.byte_range)
-        patience = self._patience(race.shares, race.second)
+        patience = self._patience(race.shares, own.interrupt)
         began = headed = self._clock()
 
         def open_sink(_: HeadInfo, __: RangeRequest | None) -> Write:
@@ -354,7 +355,7 @@ class Courier:
                 on_request=lambda: self._keep_rate(patience, Sender(race.shares[0].part.fragment.priority)),
                 on_bytes=lambda size: patience.sleep(self._note_bytes(size, None, endpoint)),
                 on_retry=lambda error: self._note_retry(error, endpoint),
-                interrupt=race.second,
+                interrupt=own.interrupt,
                 stride=self._scheduler.stride,
             )
             for share in race.shares:
@@ -373,7 +374,7 @@ class Courier:
                 self.requests += answer.requests
             race.win(Prize(endpoint, ask, answer, place))
         finally:
-            race.second_ended.set()
+            own.ended.set()
             with self._lock:
                 self._second_at[endpoint] -= 1
 

@@ -347,7 +347,6 @@ class Fetcher:
             while self._workers <= self._scheduler.crew and (piece := self._scheduler.next()) is not None:
                 self._spawn()  # the next one may have to wait for its turn
                 self._run(piece)
-                self._spawn()
         finally:
             with self._lock:
                 self._workers -= 1

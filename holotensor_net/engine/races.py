@@ -14,7 +14,7 @@ from ..values import RangeRequest
 from .alarms import Alarm
 from .loads import Share
 
-__all__ = ["Private", "Prize", "Race"]
+__all__ = ["Private", "Prize", "Race", "Second"]
 
 
 class Private:
@@ -45,14 +45,26 @@ class Prize:
     place: Private
 
 
+class Second:
+    """The other one: how it is cut, and whether it has ended."""
+
+    def __init__(self) -> None:
+        self.interrupt = Interrupt()
+        self.ended = threading.Event()
+
+    def stop(self) -> None:
+        self.interrupt.fire()
+        self.ended.set()  # or it will never begin
+
+
 @dataclass(eq=False)
 class Race:
     """A piece on its way from ``endpoint`` since ``began``, and perhaps from another one too.
 
     Only the first writes to the destination, on the thread that began the piece; the second has a place of its own.
     If the second has everything, and it is verified, the first is cut; its thread then takes what the second brought
-    in place of its own. ``is_doubled``: the second has been asked. ``pause``: seconds until the piece is looked at
-    (again), by ``alarm``. The lock guards the outcome.
+    in place of its own. ``pause``: seconds until the piece is looked at (again), by ``alarm``. The lock guards the
+    outcome, and the ``second``, which there is once it has been asked.
     """
 
     shares: list[Share]
@@ -63,14 +75,13 @@ class Race:
     pause: float = 0.0
     alarm: Alarm | None = None
     first: Interrupt = field(default_factory=Interrupt)
-    second: Interrupt = field(default_factory=Interrupt)
-    is_doubled: bool = False
-    second_ended: threading.Event = field(default_factory=threading.Event)
+    second: Second | None = None
     rested: float = 0.0
     _resting_since: float | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _prize: Prize | None = None
     _is_over: bool = False
+    _is_stopped: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -109,7 +120,9 @@ class Race:
         with self._lock:
             self._is_over = True
             prize, self._prize = self._prize, None
-        self.second.fire()
+            second = self.second
+        if second is not None:
+            second.interrupt.fire()
         return prize
 
     @property
@@ -120,10 +133,23 @@ class Race:
     def stop(self) -> None:
         """Cut both."""
         self.first.fire()
-        self.second.fire()
-        self.second_ended.set()  # or it will never begin
+        with self._lock:
+            self._is_stopped = True
+            second = self.second
+        if second is not None:
+            second.stop()
+
+    def double(self) -> Second:
+        """The second is about to be asked."""
+        second = Second()
+        with self._lock:
+            self.second = second
+            is_late = self._is_stopped or self._is_over
+        if is_late:
+            second.stop()
+        return second
 
     def await_second(self, seconds: float) -> None:
         """The first is of no use: wait for the second, if there is one, so long at most."""
-        if self.is_doubled:
-            self.second_ended.wait(max(0.0, seconds))
+        if self.second is not None:
+            self.second.ended.wait(max(0.0, seconds))

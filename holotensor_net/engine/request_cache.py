@@ -22,7 +22,7 @@ from ..errors import CacheError, redact_url, without_query
 from ..storage.blobs import is_worth_a_sync
 from ..storage.cache import CacheEntry, FragmentCache, name_of
 from ..storage.claims import Claims
-from ..storage.freshness import Freshness, State, refreshed
+from ..storage.freshness import Freshness, State, kept, refreshed
 from ..storage.memory import MemoryPart
 from ..storage.parts import PartFile
 from ..values import HeadInfo, LoadRequest, RangeRequest, Validator
@@ -321,7 +321,7 @@ class RequestCache:
 
     def keep(self, proven: Sequence[Proven], endpoint: int) -> list[memoryview]:
         """Publish complete fragments, and give their bytes; a cache that fails costs the entries, never the bytes."""
-        kept = [each.data for each in proven]
+        views = [each.data for each in proven]
         places: list[int] = []
         taken: list[tuple[str, memoryview, CacheEntry]] = []
         for place, each in enumerate(proven):
@@ -333,14 +333,14 @@ class RequestCache:
             entry = answer.entry.of(name, each.wanted.length, request.byte_range, digest, each.asked_at)
             if isinstance(destination, PartFile):
                 with self._unkept():
-                    kept[place] = self._cache.adopt(self.key(request, endpoint), destination, entry)
+                    views[place] = self._cache.adopt(self.key(request, endpoint), destination, entry)
             else:
                 places.append(place)
                 taken.append((self.key(request, endpoint), each.data, entry))
         with self._unkept():
             for place, data in zip(places, self._cache.take_all(taken), strict=True):
-                kept[place] = data
-        return kept
+                views[place] = data
+        return views
 
     @contextlib.contextmanager
     def _unkept(self) -> Iterator[None]:
@@ -355,6 +355,10 @@ class RequestCache:
         if known is not None and known[2].head is head and known[:2] == (path, endpoint):
             return known[2]
         self._saw(request, endpoint, head.validator, head, self.now() if asked_at is None else asked_at)
+        if known is not None and known[:2] == (path, endpoint) and _says_the_same(known[2].head, head):
+            answer = _Answer(head, known[2].entry.told(kept(head.headers)), known[2].is_storable)
+            self._here.answer = path, endpoint, answer
+            return answer
         freshness = Freshness(head.headers)
         url = self._redacted(self._place(endpoint, path)[0])
         variant = self._variant(endpoint, freshness.varies_on)
@@ -385,6 +389,12 @@ class RequestCache:
         sent = {"accept-encoding": "identity", "user-agent": self._user_agent, **own, "authorization": where.scope}
         lines = (f"{name}: {sent[name]}" for name in sorted(names) if name in sent)
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _says_the_same(one: HeadInfo, other: HeadInfo) -> bool:
+    """Whether two answers say the same of their object, and of how long and for whom they are good."""
+    is_same = one.size == other.size and one.validator == other.validator
+    return is_same and all(one.headers.get(name) == other.headers.get(name) for name in ("cache-control", "vary"))
 
 
 def _blake3_in(checksum: str | None) -> str | None:

@@ -495,12 +495,13 @@ class Scheduler:
         has little room there, and once anything was CRITICAL, all has that would have to give way. Where there is a
         rate to be kept, everything has as much as that rate fills.
         """
+        most = self.config.max_bandwidth
+        if most is None and (_is_urgent(piece) or (piece.priority < Priority.LOW and not self._has_been_urgent)):
+            return None
         lane = self._in_flight.get(piece, self._latest)
         rate, round_trip = lane.monitor.current_bandwidth, lane.monitor.round_trip
-        if self.config.max_bandwidth is not None:
-            rate, round_trip = self.config.max_bandwidth, round_trip or _ROUND_TRIP
-        elif _is_urgent(piece) or (piece.priority < Priority.LOW and not self._has_been_urgent):
-            return None
+        if most is not None:
+            rate, round_trip = most, round_trip or _ROUND_TRIP
         return window_worth_filling(round_trip, rate, connections=lane.active)
 
     # -- what is going on
@@ -657,6 +658,8 @@ class Scheduler:
 
     def _wait_for_rates(self, lane: Lane, now: float) -> float:
         """Seconds until the rate limits allow the next piece of a lane."""
+        if self.config.max_bandwidth is None and self.config.max_requests_per_second is None:
+            return 0.0
         first = lane.queue.peek()
         level = Priority.IDLE if first is None else first.priority
         return max(self._budget.delay(now), self._ration.delay(level, now))

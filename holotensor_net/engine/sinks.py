@@ -49,7 +49,8 @@ class Scatter:
         return most - (offset - self._starts[max(0, index)]) % most
 
     def room(self, offset: int, most: int) -> memoryview | None:
-        """The memory where what comes from ``offset`` on belongs, if that is one place, and a long one."""
+        """The memory where what comes from ``offset`` on belongs, if that is one place, and a long one or the only
+        one."""
         match self._alone(offset, most):
             case wanted, MemoryPart() as destination, most:
                 return destination.room(offset - wanted.start, most)
@@ -59,7 +60,7 @@ class Scatter:
         """How many of the bytes from ``offset`` on, of ``most``, may come in a pipe to :meth:`take`: up to the next
         multiple of ``most``, if they belong into one file, and are many."""
         match self._alone(offset, most):
-            case _, PartFile(), length:
+            case _, PartFile(), length if length >= _LONG:
                 return min(length, self.block(offset, min(most, _PIPED)))
         return 0
 
@@ -78,7 +79,8 @@ class Scatter:
         wanted, destination = self._places[index]
         most = min(most, wanted.stop - offset)
         is_alone = index + 1 == len(self._places) or self._starts[index + 1] >= offset + most
-        return (wanted, destination, most) if most >= _LONG and is_alone else None
+        is_long = most >= _LONG or len(self._places) == 1
+        return (wanted, destination, most) if is_long and is_alone and most > 0 else None
 
 
 class Bounded:

@@ -114,6 +114,10 @@ class CacheEntry:
         }
         return _made({**self.__dict__, **own})
 
+    def told(self, headers: Mapping[str, str]) -> CacheEntry:
+        """This entry with the headers of another answer that says the same of the object; those that are ``kept``."""
+        return _made({**self.__dict__, "headers": headers})
+
     def used(self, count: int, last: float) -> CacheEntry:
         """This entry after ``count`` more uses, the last of them at ``last``."""
         latest = {"access_count": self.access_count + count, "last_accessed": max(self.last_accessed, last)}

@@ -26,10 +26,34 @@ from .heads import by_name
 from .pipes import Pipe
 from .sockets import Answer, LiveSockets, Pool, pool_classes
 
-__all__ = ["Adapter", "Reply", "ask"]
+__all__ = ["Adapter", "Reply", "Request", "ask"]
 
 _MOST_WAYS = 8
 """Origins whose pools are kept, by requests too."""
+
+
+class Request:
+    """What is asked: the ``method``, the ``url`` as requests writes it, and all ``headers`` of ours.
+
+    Raises what requests does for a URL that is none.
+    """
+
+    def __init__(self, method: str, url: str, headers: Mapping[str, str]) -> None:
+        self._template = template = _template(method, url)
+        self.method = method
+        self.url: str = template.url or ""
+        self.headers = headers
+        if template.headers:  # the credentials that its URL may hold
+            own = requests.structures.CaseInsensitiveDict(headers)
+            own.update(template.headers)
+            self.headers = own
+
+    def prepared(self) -> requests.PreparedRequest:
+        """The same for requests."""
+        request = requests.PreparedRequest()
+        request.method, request.url, request.hooks = self.method, self.url, self._template.hooks
+        request.headers = requests.structures.CaseInsensitiveDict(self.headers)
+        return request
 
 
 class Reply:
@@ -43,6 +67,11 @@ class Reply:
         self._raw: Any = response.raw
         answer = getattr(response.raw, "_original_response", None)  # as ``sockets`` reads it
         self._answer = answer if isinstance(answer, Answer) else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the body is known to have been read to its end."""
+        return self._answer is not None and self._answer.isclosed()
 
     @property
     def is_plain(self) -> bool:
@@ -135,19 +164,20 @@ class Adapter(HTTPAdapter):
         manager.pool_classes_by_scheme = self._pool_classes
         return manager
 
-    def again(self, way: _Way, request: requests.PreparedRequest) -> Reply | None:
+    def again(self, way: _Way, request: Request) -> Reply | None:
         """The answer over a connection that is there; None where the request has to go the whole way."""
         pool = self._pools.get(way)
-        if pool is None or request.method != "GET" or request.url is None or log.isEnabledFor(logging.DEBUG):
+        if pool is None or request.method != "GET" or log.isEnabledFor(logging.DEBUG):
             return None
         try:
             answer = pool.again(_target(request.url), request.headers)
         except TimeoutError as error:
-            raise requests.ReadTimeout(error, request=request) from error
+            raise requests.ReadTimeout(error, request=request.prepared()) from error
         except BaseSSLError as error:
-            raise requests.exceptions.SSLError(error, request=request) from error
+            raise requests.exceptions.SSLError(error, request=request.prepared()) from error
         except (http.client.HTTPException, OSError) as error:
-            raise requests.ConnectionError(ProtocolError("Connection aborted.", error), request=request) from error
+            aborted = ProtocolError("Connection aborted.", error)
+            raise requests.ConnectionError(aborted, request=request.prepared()) from error
         return None if answer is None else _BareReply(request.url, pool, answer)
 
     def learn(self, way: _Way, response: requests.Response) -> None:
@@ -163,24 +193,35 @@ class Adapter(HTTPAdapter):
 
 def ask(
     session: requests.Session,
-    request: requests.PreparedRequest,
+    request: Request,
     *,
     timeout: tuple[float, float],
     verify: bool | str,
     proxies: Mapping[str, str],
 ) -> Reply:
     """The answer to a request, whose body has not been read; redirects are not followed. Raises what requests does."""
-    url = request.url or ""
-    adapter = session.get_adapter(url)
+    adapter = session.get_adapter(request.url)
     # Who replaces one of these, as those do that answer in a test, is asked again.
-    way = _origin(url), verify, tuple(sorted(proxies.items())), HTTPAdapter.send, urllib3.HTTPConnectionPool.urlopen
+    way = (
+        _origin(request.url),
+        verify,
+        tuple(sorted(proxies.items())),
+        HTTPAdapter.send,
+        urllib3.HTTPConnectionPool.urlopen,
+    )
     reply = adapter.again(way, request) if isinstance(adapter, Adapter) else None
     if reply is not None:
         return reply
-    response = adapter.send(request, stream=True, timeout=timeout, verify=verify, proxies=dict(proxies))
+    response = adapter.send(request.prepared(), stream=True, timeout=timeout, verify=verify, proxies=dict(proxies))
     if isinstance(adapter, Adapter):
         adapter.learn(way, response)
     return Reply(response)
+
+
+@functools.lru_cache(256)
+def _template(method: str, url: str) -> requests.PreparedRequest:
+    """A request without headers of ours; the same URL is asked for again and again, a range at a time."""
+    return requests.Request(method, url).prepare()
 
 
 @functools.lru_cache(256)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import math
 import os
 import re
 import threading
@@ -39,7 +40,7 @@ from ..errors import (
 )
 from ..values import HeadInfo, RangeRequest
 from . import guards
-from .adapter import Adapter, Reply, ask
+from .adapter import Adapter, Reply, Request, ask
 from .digests import LINKED, check_digests
 from .pipes import Pipe
 from .retry import HOSTS, Allowance, Host, Patience, persist
@@ -59,13 +60,14 @@ _MOST_CONTINUATIONS = 256
 _REDIRECTS = (301, 302, 303, 307, 308)
 _REFUSED = (401, 403)
 _CONTROL = re.compile(r"[\x00-\x20\x7f]")
+_UNSENDABLE = re.compile(r"\A\s|[\r\n\0]|[^\x00-\xff]")  # in a header; requests 2.32 lets a last line end pass (seen)
 _SCHEMES = ("http", "https", "all", "no")
 _PROXY_VARIABLES = (  # and that which has Python leave HTTP_PROXY out: to a web server's script, a client may say it
     *(f"{scheme}_proxy" for scheme in _SCHEMES),
     *(f"{scheme}_proxy".upper() for scheme in _SCHEMES),
     "REQUEST_METHOD",
 )
-_UNSENDABLE = re.compile(r"\A\s|[\r\n\0]|[^\x00-\xff]")  # in a header; requests 2.32 lets a last line end pass (seen)
+_PROXY_VARIABLES_AS_BYTES = tuple(map(os.fsencode, _PROXY_VARIABLES))
 
 # What may follow a redirect to another origin: nothing that could identify the caller.
 _TRAVELS = frozenset(
@@ -111,6 +113,7 @@ class HttpClient:
         self.config = config.client if isinstance(config, NetworkConfig) else config or ClientConfig()
         self._clock = clock
         self._wall = wall
+        self._url_of = functools.lru_cache(256)(self.endpoint.url_of)
         self._reset(closed=False)
 
     def _reset(self, *, closed: bool) -> None:
@@ -397,32 +400,34 @@ class HttpClient:
     ) -> Iterator[tuple[Reply, dict[str, str]]]:
         """The answer to one request, after redirects, and its headers, names in lower case; its connection is reused
         only if the body was read to its end."""
-        url = self.endpoint.url_of(path)
-        self._settle()
+        url = self._url_of(path)
         self._check(patience)
-        with self._turn(patience):
-            try:
-                reply, linked = self._admitted(method, url, headers, patience, on_request)
-                with translated():
-                    try:
-                        said = reply.headers
-                        said.pop(LINKED, None)  # of whoever answered in the end
-                        yield reply, said | ({LINKED: linked} if linked else {})
-                        self._drain(reply, patience)
-                    except HttpError as error:
-                        if isinstance(error, RateLimited):
-                            self._host_at(reply.url, url).silence(error, self._clock())
-                        self._drain(reply, patience)
-                        raise
-                    finally:
-                        reply.close()
-            except (ConnectionFailed, Timeout):
-                self._check(patience)  # an interrupted wait ends in whatever error the moment makes: say what it was
-                raise
+        self._await_turn(patience)
+        try:
+            reply, linked = self._admitted(method, url, headers, patience, on_request)
+            with translated():
+                try:
+                    said = reply.headers
+                    said.pop(LINKED, None)  # of whoever answered in the end
+                    yield reply, said | ({LINKED: linked} if linked else {})
+                    self._drain(reply, patience)
+                except HttpError as error:
+                    if isinstance(error, RateLimited):
+                        self._host_at(reply.url, url).silence(error, self._clock())
+                    self._drain(reply, patience)
+                    raise
+                finally:
+                    reply.close()
+        except (ConnectionFailed, Timeout):
+            self._check(patience)  # an interrupted wait ends in whatever error the moment makes: say what it was
+            raise
+        finally:
+            self._sockets.wait_at_most(_for_ever)  # what bounded this request holds its caller
+            self._slots.release()
 
-    @contextlib.contextmanager
-    def _turn(self, patience: Patience) -> Iterator[None]:
-        """A connection to ask over, once one is free and the host has not asked for silence."""
+    def _await_turn(self, patience: Patience) -> None:
+        """Wait for a connection to ask over, until one is free and the host has not asked for silence. It is to be
+        given back."""
         slots = self._slots
         while True:
             self._keep_silence(patience)
@@ -432,11 +437,7 @@ class HttpClient:
                 if self._clock() >= until:
                     raise Timeout("no connection came free: raise max_connections, or ask from fewer threads")
             if self._host.refusal(self._clock()) is None:
-                break
-            slots.release()
-        try:
-            yield
-        finally:
+                return
             slots.release()
 
     def _begin(self, on_request: Callable[[], object], patience: Patience) -> None:
@@ -466,7 +467,7 @@ class HttpClient:
     def _host_at(self, url: str, asked: str) -> Host:
         """Who answers there: our own host, which was ``asked``, or one that it sent us to."""
         origin = _origin_of(url)
-        return self._host if origin == _origin_of(_template("GET", asked).url) else HOSTS.of(origin)
+        return self._host if origin == _origin_of(_request("GET", asked, {}).url) else HOSTS.of(origin)
 
     def _admitted(
         self,
@@ -485,7 +486,7 @@ class HttpClient:
         if reply.status not in _REFUSED:
             return reply, linked
         try:
-            is_redirected = reply.url != _prepared(method, url, own).url
+            is_redirected = reply.url != _request(method, url, own).url
             fresh = self._own_headers(headers) if reply.status == 401 or is_redirected else own
             if fresh == own and not is_redirected:
                 return reply, linked
@@ -514,10 +515,10 @@ class HttpClient:
         session = self._session()
         timeout = self.config.timeout
         headed_by = self._clock() + self.config.connect_timeout + timeout
-        request = _prepared(method, url, own)
+        request = _request(method, url, own)
         home, linked = _origin_of(request.url), None
         for _ in range(self.config.max_redirects + 1):
-            url = request.url or ""
+            url = request.url
             refusal = None if _origin_of(url) == home else HOSTS.of(_origin_of(url)).refusal(self._clock())
             if refusal is not None:
                 raise refusal
@@ -548,12 +549,14 @@ class HttpClient:
                 reply.close()
             if _origin_of(target) != home:
                 own = {name: value for name, value in own.items() if name.lower() in _TRAVELS}
-            request = _prepared(method, target, own)
+            request = _request(method, target, own)
             self._check(patience)
         raise HttpError(reply.status, f"more than {self.config.max_redirects} redirects")
 
     def _drain(self, reply: Reply, patience: Patience) -> None:
         """Read what little is left of a body, so that its connection can be used again; a long rest is not worth it."""
+        if reply.is_over:
+            return
         left = _DRAIN
         ends = self._clock() + patience.remaining(_DRAIN_SECONDS)
         self._sockets.wait_at_most(lambda: ends - self._clock())
@@ -592,7 +595,7 @@ class HttpClient:
 
     def _verify(self, url: str) -> bool | str:
         verify = self.endpoint.verify
-        if verify is True:
+        if verify is True and url.startswith("https:"):
             verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         if url.startswith("https:") and isinstance(verify, str) and not os.path.exists(verify):
             raise ConfigurationError(
@@ -603,8 +606,7 @@ class HttpClient:
     def _proxies(self, url: str) -> dict[str, str]:
         if self.endpoint.proxies is not None:
             return dict(self.endpoint.proxies)
-        said = tuple(map(os.environ.get, _PROXY_VARIABLES))
-        return dict(_environ_proxies("/".join(url.split("/", 3)[:3]), said))
+        return dict(_environ_proxies("/".join(url.split("/", 3)[:3]), _proxy_variables()))
 
     def _patience(self) -> Patience:
         limit = self.config.retry.deadline
@@ -623,27 +625,29 @@ class HttpClient:
             raise
 
 
+def _for_ever() -> float:
+    return math.inf
+
+
+def _proxy_variables() -> tuple[object, ...]:
+    """What the environment says of proxies, now. To ask it by its public means takes a microsecond for each name that
+    it does not have, and there are nine for each request; so its dictionary is asked, where it has one."""
+    known = getattr(os.environ, "_data", None)
+    if os.name == "posix" and type(known) is dict:
+        return tuple(map(known.get, _PROXY_VARIABLES_AS_BYTES))
+    return tuple(map(os.environ.get, _PROXY_VARIABLES))
+
+
 @functools.lru_cache(256)
-def _environ_proxies(origin: str, said: tuple[str | None, ...]) -> dict[str, str]:
+def _environ_proxies(origin: str, said: tuple[object, ...]) -> dict[str, str]:
     """The environment's proxies, which ``said`` is all of: to search it for them costs as much as all the rest of what
     asking takes in Python."""
     return get_environ_proxies(origin, no_proxy=None)
 
 
-@functools.lru_cache(256)
-def _template(method: str, url: str) -> requests.PreparedRequest:
-    """A request without headers of ours; the same URL is asked for again and again, a range at a time."""
-    return requests.Request(method, url).prepare()
-
-
-def _prepared(method: str, url: str, headers: Mapping[str, str]) -> requests.PreparedRequest:
+def _request(method: str, url: str, headers: Mapping[str, str]) -> Request:
     if not any(map(_UNSENDABLE.search, headers.values())):  # requests would repeat what it refuses
-        template = _template(method, url)
-        request = requests.PreparedRequest()
-        request.method, request.url, request.hooks = template.method, template.url, template.hooks
-        request.headers = requests.structures.CaseInsensitiveDict(headers)
-        request.headers.update(template.headers)  # the credentials that its URL may hold
-        return request
+        return Request(method, url, headers)
     raise ConfigurationError(
         "a credential or a header holds what HTTP cannot carry: look for line ends, spaces in front and letters"
         " beyond Latin-1 in CdnEndpoint.auth and .headers"

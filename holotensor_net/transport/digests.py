@@ -58,8 +58,10 @@ def announced(field: str | None) -> frozenset[Digest]:
     Algorithms that prove nothing, or that nobody knows, are passed over; a field that cannot be read counts as none
     (RFC 9651 §4.2).
     """
+    if field is None:
+        return frozenset()
     try:
-        members = dict(_members((field or "").strip(" ")))
+        members = dict(_members(field.strip(" ")))
         return frozenset(
             Digest(_ALGORITHMS[key], _bytes(value))
             for key, value in members.items()
@@ -91,7 +93,7 @@ def _bytes(value: str) -> bytes:
 
 def linked(field: str | None) -> frozenset[Digest]:
     """The digest in a hub's linked entity tag; small files have another kind of tag there, which proves nothing."""
-    found = _LINKED.fullmatch(field or "")
+    found = None if field is None else _LINKED.fullmatch(field)
     return frozenset((Digest("sha256", bytes.fromhex(found[1])),)) if found else frozenset()
 
 

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -74,7 +74,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.fired = threading.Event()
         self._lock = threading.Lock()
-        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._sockets: set[socket.socket] = set()
 
     def fire(self) -> None:
         """End the transfer; idempotent, and without effect on what its thread does after it."""
@@ -94,6 +94,23 @@ class Interrupt:
         """The transfer has ended: its connections are not its own any more."""
         with self._lock:
             self._sockets.clear()
+
+
+class _Interruptible:
+    """What ``interruptible`` gives: a class, as it is entered for every short range."""
+
+    __slots__ = ("_interrupt", "_own", "_window")
+
+    def __init__(self, own: _Own, interrupt: Interrupt | None, window: Callable[[], int | None] | None) -> None:
+        self._own, self._interrupt, self._window = own, interrupt, window
+
+    def __enter__(self) -> None:
+        self._own.interrupt, self._own.window = self._interrupt, self._window
+
+    def __exit__(self, *_: object) -> None:
+        self._own.interrupt = self._own.window = None
+        if self._interrupt is not None:
+            self._interrupt.let_go()
 
 
 class LiveSockets:
@@ -121,19 +138,19 @@ class LiveSockets:
         if self._own.interrupt is not None:
             self._own.interrupt.add(sock)
 
-    @contextlib.contextmanager
+    def use(self, sock: socket.socket) -> None:
+        """:meth:`add`, for one that is known already."""
+        if self._aborted:
+            raise ConnectionAbortedError("the client is closed")
+        if self._own.interrupt is not None:
+            self._own.interrupt.add(sock)
+
     def interruptible(
         self, interrupt: Interrupt | None, window: Callable[[], int | None] | None = None
-    ) -> Iterator[None]:
+    ) -> contextlib.AbstractContextManager[None]:
         """Let ``interrupt`` cut what this thread opens or uses within the block, and ``window`` say, before each read,
         how many bytes may come ahead of it; None for as many as the kernel likes."""
-        self._own.interrupt, self._own.window = interrupt, window
-        try:
-            yield
-        finally:
-            self._own.interrupt = self._own.window = None
-            if interrupt is not None:
-                interrupt.let_go()
+        return _Interruptible(self._own, interrupt, window)
 
     def wait_at_most(self, seconds: Callable[[], float]) -> None:
         """Bound every wait of this thread from now on; ``seconds`` is asked before each."""
@@ -160,6 +177,8 @@ class LiveSockets:
         So none is bounded that would have to be larger than may be asked for.
         """
         window = self._own.window() if self._own.window is not None else None
+        if window is None and not self._buffers:
+            return True
         with self._lock:
             has, widest = self._buffers.get(sock), self._widest
         if has is None and (window is None or window > widest):
@@ -505,7 +524,7 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
 
         def ask(self, target: str, headers: Mapping[str, str]) -> Answer:
             """The answer to a GET over this connection, which is open."""
-            sockets.add(self.sock)
+            sockets.use(self.sock)
             sockets.bound(self.sock)
             host = f"[{self.host}]" if ":" in self.host else self.host
             head = plain_request(target, host if self.port == self.default_port else f"{host}:{self.port}", headers)
@@ -515,7 +534,7 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
 
         def _asked(self, head: bytes) -> Answer:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it closed
-                self.send(head)
+                self._send_at_once(head)
             answer = Answer(self._reader(), method="GET")
             try:
                 if not answer.begin_plainly():
@@ -526,6 +545,15 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
                 answer.close()
                 raise
             return answer
+
+        def _send_at_once(self, head: bytes) -> None:
+            """``send``, in one system call where that will do: a socket with a timeout asks first whether it may."""
+            sent = 0
+            if type(self.sock) is socket.socket and os.name == "posix" and self.sock.gettimeout():
+                with contextlib.suppress(BlockingIOError):
+                    sent = os.write(self.sock.fileno(), head)
+            if sent < len(head):
+                self.send(head[sent:])
 
         def _asked_at_length(self, target: str, headers: Mapping[str, str]) -> Answer:
             names = {name.lower() for name in headers}

@@ -6,10 +6,8 @@ the URL that the libraries' own words would repeat.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import sys
-from collections.abc import Iterator
 
 import requests
 import urllib3
@@ -27,24 +25,26 @@ from ..errors import (
 __all__ = ["translated"]
 
 
-@contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """Errors that leave here are of our tree.
+class translated:
+    """A context: errors that leave it are of our tree.
 
     Their cause is what the system said: the layers between repeat the URL, and what is secret in it.
     """
-    outside = sys.exc_info()[1]
-    try:
-        yield
-    except NetworkError:
-        raise
-    except (urllib3.exceptions.HTTPError, OSError) as error:  # requests' own are OSErrors
-        cause = _beneath(error, outside)
+
+    __slots__ = ("_outside",)
+
+    def __enter__(self) -> None:
+        self._outside = sys.exc_info()[1]
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, NetworkError) or not isinstance(error, urllib3.exceptions.HTTPError | OSError):
+            return  # requests' own are OSErrors
+        cause = _beneath(error, self._outside)
         ours = _ours(error, cause)
         try:
             raise ours from cause
         finally:
-            ours.__context__ = outside
+            ours.__context__ = self._outside
 
 
 def _ours(error: BaseException, cause: BaseException | None) -> NetworkError:
