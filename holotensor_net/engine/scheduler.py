@@ -529,10 +529,11 @@ class Scheduler:
 
     @property
     def crew(self) -> int:
-        """Workers that there may be: as many as the hosts want, and one for each urgent piece that lower ones give way
-        to."""
+        """Workers that there may be: as many as the hosts want, or still have, and one for each urgent piece that lower
+        ones give way to."""
         extra = max(0, min(self.active - self._urgent, self._urgent + self._is_urgent_queued))
-        return min(self.config.max_concurrent, sum([min(lane.most, lane.wanted + extra) for lane in self.lanes]))
+        crews = [min(lane.most, max(lane.wanted, lane.active - lane.urgent) + extra) for lane in self.lanes]
+        return min(self.config.max_concurrent, sum(crews))
 
     @property
     def completed(self) -> int:

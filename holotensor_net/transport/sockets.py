@@ -204,7 +204,7 @@ def _resize(sock: Any, size: int) -> int:
     """Bound what waits in the kernel to be read to ``size`` bytes; gives the bound that it has now."""
     plain = getattr(sock, "socket", sock)
     with contextlib.suppress(OSError):
-        socket.socket.setsockopt(plain, socket.SOL_SOCKET, socket.SO_RCVBUF, size // _ACCOUNTED)
+        socket.socket.setsockopt(plain, socket.SOL_SOCKET, socket.SO_RCVBUF, -(-size // _ACCOUNTED))
         return socket.socket.getsockopt(plain, socket.SOL_SOCKET, socket.SO_RCVBUF)
     return size  # it is gone, and nobody will read from it
 

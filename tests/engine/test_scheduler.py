@@ -905,6 +905,20 @@ def test_critical_takes_a_connection_beyond_the_limit_once() -> None:
     assert (urgent.fragment_id, drain(queue), queue.crew) == ("y", [], 2)
 
 
+def test_urgent_work_has_a_worker_while_more_pieces_are_on_their_way_than_may_begin() -> None:
+    queue, _ = listened(2, Clock())
+    queue.lanes[0].controller.most = 64  # type: ignore[misc]
+    queue.enqueue_many(LoadRequest(name, name, priority=Priority.LOW) for name in "abc")
+    assert len(drain(queue)) == queue.crew == 2
+    queue.lanes[0].controller.limit = 1  # type: ignore[misc]
+    queue.enqueue(LoadRequest("urgent", "urgent", priority=Priority.CRITICAL))
+    assert queue.crew == 3
+    (urgent,) = drain(queue)
+    assert (urgent.fragment_id, queue.active, queue.crew) == ("urgent", 3, 3)
+    queue.release(urgent)
+    assert queue.crew == 2
+
+
 def test_lower_levels_wait_while_critical_comes_in_and_no_longer() -> None:
     queue = Scheduler(SchedulerConfig())  # by the real clock
     queue.enqueue(LoadRequest("low", "low", priority=Priority.LOW))

@@ -606,6 +606,19 @@ def test_a_connection_too_narrow_for_what_comes_next_is_not_used_again(
     assert [request.connection for request in wire.requests] == [0, 0, 1, 1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what a bound counts is the kernel's affair")
+@pytest.mark.parametrize("size", [100_000, 100_001])
+def test_a_socket_has_as_much_room_as_was_asked_for(live: LiveSockets, size: int) -> None:
+    """The kernel doubles what it is told; half a byte less would pass for all that may be had."""
+    with socket.socket() as one, socket.socket() as other:
+        for sock, window in ((one, size), (other, 2 * size)):
+            with live.interruptible(None, lambda window=window: window):  # type: ignore[misc]
+                live.fit(sock)
+        given = [sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) for sock in (one, other)]
+    assert size <= given[0] <= size + 1
+    assert 2 * size <= given[1] <= 2 * size + 1
+
+
 def test_a_socket_that_is_gone_needs_no_room(live: LiveSockets) -> None:
     with socket.socket() as sock:
         pass
