@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import NetworkError
-from ..values import blake3_of
+from ..values import blake3_hasher, blake3_of
 from .prefix import Prefix
 
 __all__ = ["MemoryPart"]
@@ -39,7 +39,7 @@ class MemoryPart:
         self._growing = bytearray() if size is None else None
         self._stop = size
         if size and is_proved:
-            self._prefix = Prefix()
+            self._prefix = Prefix(blake3_hasher())
 
     def part(self, start: int, stop: int) -> MemoryPart:
         """Another fragment's part, which is bytes ``start`` up to ``stop`` of this one; each view keeps all of it."""
@@ -78,7 +78,10 @@ class MemoryPart:
 
     def settle(self, start: int, stop: int) -> None:
         """These bytes will not change any more: take them into the digest, if that will be asked for."""
-        if self._prefix is not None and self._prefix.claim(self._prefix.add(start, stop)):
+        if self._prefix is None:
+            return
+        self._prefix.add(start, stop)
+        while self._prefix.claim():
             try:
                 with contextlib.suppress(OSError):  # it was discarded
                     self._prefix.hash(self._blocks)

@@ -121,11 +121,12 @@ class PartFile:
     def settle(self, start: int, stop: int) -> None:
         """The bytes there will not change any more: take them into the digest, and into the journal if there is one.
 
-        When this returns, that is done, by whichever thread. A disk that fails here shows when the file is published.
+        When this has returned to all threads, that is done: one does it for those that come meanwhile. A disk that
+        fails here shows when the file is published.
         """
-        number = self._prefix.add(start, stop)
+        self._prefix.add(start, stop)
         with contextlib.suppress(OSError, CacheError):
-            if self._prefix.claim(number):
+            while self._prefix.claim():
                 try:
                     with self._using() as fd:
                         self._prefix.hash(partial(blocks, fd))
