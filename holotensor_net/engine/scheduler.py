@@ -8,7 +8,6 @@ import math
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -53,7 +52,7 @@ class Plan:
     ``place`` is the one that it had in the queue, and will have again: what was begun is ended before its equals begin.
     """
 
-    pending: deque[RangeRequest]
+    pending: list[RangeRequest]
     stop: int
     whole: bool = False
     queued: bool = True
@@ -327,7 +326,7 @@ class Scheduler:
             if self._closed or fragment.state is _SETTLED:
                 return
             self._drop(fragment)
-            fragment.state = Plan(deque(), 0, queued=False)
+            fragment.state = Plan([], 0, queued=False)
             self._parked.add(fragment)
             self._withdrawn.add(fragment)
             self._room.notify_all()
@@ -348,7 +347,7 @@ class Scheduler:
             if self._closed or fragment.state is _SETTLED:
                 return
             self._drop(fragment)
-            left = deque(rest)
+            left = list(rest)
             fragment.state = Plan(left, stop) if left else None
             self._put(fragment, alone=alone, whole=whole)
             self._changed.notify()
@@ -699,7 +698,7 @@ class Scheduler:
         wanted = fragment.request.byte_range
         if whole:
             opening = _opening(fragment.request, self._modest)
-            fragment.state = Plan(deque([opening]), opening.stop, whole=True)
+            fragment.state = Plan([opening], opening.stop, whole=True)
         elif not alone and wanted is not None and wanted.length <= self._short and not fragment.request.allow_short:
             where = _neighbourhood(fragment)
             shorts = self._shorts.get(where)
@@ -715,7 +714,7 @@ class Scheduler:
             is_safe = _is_safe(fragment.request)
             if not is_safe:
                 wanted = RangeRequest(wanted.start, min(wanted.stop, wanted.start + self._modest))
-            fragment.state = Plan(deque([wanted]), wanted.stop, whole=not is_safe)
+            fragment.state = Plan([wanted], wanted.stop, whole=not is_safe)
         assert isinstance(fragment.state, Plan)
         return fragment.state
 
@@ -788,7 +787,7 @@ class Scheduler:
 
     def _take_range(self, fragment: PrioritizedFragment) -> RangeRequest:
         plan = self._plan(fragment)
-        wanted = plan.pending.popleft()
+        wanted = plan.pending.pop(0)
         if not plan.whole and wanted.length and not self._is_short(fragment):  # shorts are joined as they are
             lane = self.lanes[fragment.lane]
             size = self._piece_size(lane)
@@ -796,7 +795,7 @@ class Scheduler:
                 size = min(size, share_of_rest(wanted.length, lane.limit))
             first = next(split(wanted, size))
             if first.stop < wanted.stop:
-                plan.pending.appendleft(RangeRequest(first.stop, wanted.stop))
+                plan.pending.insert(0, RangeRequest(first.stop, wanted.stop))
                 wanted = first
         if not plan.pending:
             plan.place = fragment.place
@@ -836,7 +835,7 @@ class Scheduler:
             wanted = fragment.request.byte_range
             assert wanted is not None
             is_safe = _is_safe(fragment.request)
-            plan = Plan(deque(), wanted.stop, whole=not is_safe, queued=False, place=fragment.place)
+            plan = Plan([], wanted.stop, whole=not is_safe, queued=False, place=fragment.place)
             fragment.state = plan
             parts.append(Part(fragment, wanted, plan))
         if whole:

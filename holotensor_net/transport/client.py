@@ -569,8 +569,9 @@ class HttpClient:
         if session is None:
             session = requests.Session()
             session.trust_env = False
+            adapter = Adapter(self._sockets)
             for scheme in ("http://", "https://"):
-                session.mount(scheme, Adapter(self._sockets))
+                session.mount(scheme, adapter)
             with self._lock:
                 self._sessions.add(session)
             self._local.session = session
