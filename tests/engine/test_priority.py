@@ -514,3 +514,17 @@ def test_each_of_the_queued_is_either_popped_or_removed():
         lambda: removed.extend(f.fragment_id for name in reversed(names) for f in queue.remove(name)),
     )
     assert sorted(popped + removed) == sorted(names)
+
+
+def test_what_is_pushed_at_one_go_stands_as_if_pushed_one_by_one():
+    wanted = [request("a", LOW), request("b"), request("c", HIGH, deadline=5.0), request("d"), request("e", CRITICAL)]
+    clock = Clock()
+    one, all_ = PriorityQueue(clock=clock), PriorityQueue(clock=clock)
+    for each in wanted:
+        one.push(each)
+    fragments = [PrioritizedFragment(each, queued_at=clock()) for each in wanted]
+    all_.push_all(fragments)
+    with pytest.raises(ValueError, match="queued already"):
+        all_.push_all(fragments[:1])
+    clock.now += 4.5
+    assert drain(all_) == drain(one)

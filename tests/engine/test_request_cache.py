@@ -380,3 +380,33 @@ def test_a_cache_that_cannot_keep_costs_no_byte(
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["not cached"]
     assert cache.find(REQUEST) is None
     assert not list(Path(store.config.directory or "").rglob("partial/*"))
+
+
+def test_an_answer_that_says_the_same_of_its_object_has_its_own_date(cache: RequestCache) -> None:
+    parts = [replace(PART, byte_range=RangeRequest(at, at + 1)) for at in range(4)]
+    said: list[dict[str, str]] = [
+        {"date": "Tue, 15 Nov 1994 12:45:30 GMT", "cache_control": "max-age=9", "set_cookie": "secret"},
+        {"date": "Tue, 15 Nov 1994 12:45:31 GMT", "cache_control": "max-age=9", "set_cookie": "secret"},
+        {"date": "Tue, 15 Nov 1994 12:45:32 GMT", "cache_control": "max-age=8"},
+        {"date": "Tue, 15 Nov 1994 12:45:33 GMT", "cache_control": "no-store"},
+    ]
+    for part, headers in zip(parts, said, strict=True):
+        assert keep(cache, part, b"x", head=head_of(**headers)) == b"x"
+    found = [cache.find(part) for part in parts]
+    kept = [each.entry.headers for each in found if each is not None]
+    assert [each["date"] for each in kept] == [each["date"] for each in said[:3]]
+    assert [each["cache-control"] for each in kept] == ["max-age=9", "max-age=9", "max-age=8"]
+    assert all("set-cookie" not in each for each in kept)
+
+
+@pytest.mark.parametrize("other", [{"size": 11}, {"validator": V2}, {"vary": "user-agent"}])
+def test_an_answer_that_says_something_else_is_kept_as_it_says(cache: RequestCache, other: dict[str, Any]) -> None:
+    parts = [replace(PART, byte_range=RangeRequest(at, at + 1)) for at in range(2)]
+    keep(cache, parts[0], b"x", head=head_of())
+    keep(cache, parts[1], b"x", head=head_of(**other))
+    found = cache.find(parts[1])
+    assert found is not None
+    expected = head_of(**other)
+    assert (found.entry.object_size, found.entry.etag) == (expected.size, expected.etag)
+    assert found.entry.headers.get("vary") == other.get("vary")
+    assert (found.entry.variant is not None) == ("vary" in other)

@@ -141,6 +141,26 @@ def test_a_view_that_its_holder_releases_is_the_holder_s_alone(open_cache: Open)
         assert cache.get("k") == b"bytes"
 
 
+@pytest.mark.parametrize("settings", [{"directory": False}, {}, {"memory_size": 0}], ids=["memory", "both", "disk"])
+def test_what_is_taken_at_one_go_is_there_as_if_taken_one_by_one(open_cache: Open, settings: dict[str, Any]) -> None:
+    with open_cache(**{"memory_size": 10, **settings}) as cache:
+        entries = {key: CacheEntry(key, len(key), etag='"v"', headers=FRESH) for key in ("a", "bb", "ccc", "d" * 20)}
+        taken = [(key, memoryview(key.encode()), entry) for key, entry in entries.items()]
+        views = cache.take_all(taken)
+        assert [bytes(view) for view in views] == [key.encode() for key in entries]
+        assert all(view.readonly for view in views)
+        there = ["a", "bb", "ccc"] if "directory" in settings else ["a", "bb", "ccc", "d" * 20]
+        assert [key for key in entries if cache.get(key) == key.encode()] == there
+        again = cache.get_entry("a")
+        assert again is not None
+        assert (again.etag, again.cached_at) == ('"v"', cache._clock())
+        with pytest.raises(CacheError, match="fetch them again"):
+            cache.take_all([taken[0], ("b", memoryview(b"b"), entries["bb"])])
+        secret = CacheEntry("secret", 6, headers={"cache-control": "no-store"})
+        assert cache.take_all([taken[0], ("secret", memoryview(b"secret"), secret)]) == [b"a", b"secret"]
+        assert ("a" in cache, "secret" in cache) == (True, False)
+
+
 class TestStats:
     def test_hit_rate_is_zero_before_the_first_question(self) -> None:
         assert CacheStats().hit_rate == 0.0

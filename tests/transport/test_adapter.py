@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -174,3 +175,36 @@ def test_a_token_is_asked_for_each_time() -> None:
             "Bearer two",
             "Bearer three",
         ]
+
+
+@pytest.mark.parametrize("most", [0, 10])
+def test_a_request_that_does_not_go_out_at_once_goes_out_all_the_same(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = os.write, []
+
+    def little(where: int, data: bytes) -> int:
+        if not data.startswith(b"GET "):
+            return write(where, data)
+        written.append(data)
+        if not most:
+            raise BlockingIOError
+        return write(where, data[:most])
+
+    monkeypatch.setattr("holotensor_net.transport.sockets.os.write", little)
+    with Wire(always=in_parts) as wire, client_of(wire) as client:
+        for start in range(0, 30, 10):
+            assert client.fetch_range("a", (start, start + 10)) == DATA[start : start + 10]
+        assert (len(written), wire.connections) == (2, 1)
+
+
+def test_an_environment_of_any_make_is_asked_for_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    with client_of("http://a.test") as client:
+        for name, value in (("http_proxy", "http://p.test:1"), ("no_proxy", "")):
+            monkeypatch.setenv(name, value)
+        known = client._proxies("http://a.test/x")
+        assert known["http"] == "http://p.test:1"
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+        assert client._proxies("http://a.test/x") == known
+        os.environ["http_proxy"] = "http://q.test:1"
+        assert client._proxies("http://a.test/x")["http"] == "http://q.test:1"
