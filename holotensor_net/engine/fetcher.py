@@ -89,7 +89,8 @@ class Fetcher:
             2 * config.max_concurrent, "holotensor-fetch", partial(setattr, self._here, "is_own", True)
         )
         # Weakly, here and below: a loader that nobody holds any more, and that has nothing to do, has to go at once.
-        self._known = known = weakref.ref(self)
+        known = weakref.ref(self)
+        self._cancelled = partial(_cancelled, known)
         self._assembly = Assembly(config, scheduler, cache, self._turns, self._lock)
         self._courier = Courier(
             config,
@@ -239,8 +240,7 @@ class Fetcher:
         until = None if limit is None else now + limit
         waiter = Waiter(load, request, now, until, is_shared=shared and request.deadline is None)
         self._books.enter(waiter)
-        # Future and waiter would hold each other, and so the bytes, until garbage is collected.
-        waiter.future.on_cancel = partial(_cancelled, self._known, weakref.ref(waiter))
+        waiter.future.on_cancel, waiter.future.waiter = self._cancelled, weakref.ref(waiter)
         if until is not None:
             waiter.alarm = self._alarms.at(until, waiter, self._overdue)
         return waiter.future

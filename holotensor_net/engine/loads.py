@@ -5,6 +5,7 @@ Nothing here waits, reads or writes; the owner's lock guards it.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -131,14 +132,18 @@ class Load:
 
 
 class Promise(Future[LoadResult]):
-    """A future that tells of its being cancelled."""
+    """A future that tells of its being cancelled, and which ``waiter`` has gone with it.
 
-    on_cancel: Callable[[], object] | None = None
+    It holds that one weakly: they would hold each other, and so the bytes, until garbage is collected.
+    """
+
+    on_cancel: Callable[[weakref.ref[Waiter]], object] | None = None
+    waiter: weakref.ref[Waiter]
 
     def cancel(self) -> bool:
         is_cancelled = super().cancel()
         if is_cancelled and self.on_cancel is not None:
-            self.on_cancel()
+            self.on_cancel(self.waiter)
         return is_cancelled
 
 

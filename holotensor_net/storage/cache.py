@@ -427,6 +427,8 @@ class _MemoryTier:
         return self._held.evictions
 
     def get(self, name: str) -> Held | None:
+        if name not in self._held:  # a glance without the lock
+            return None
         with self._lock:
             return self._held.get(name)
 
