@@ -78,15 +78,24 @@ class Ours:
         anew: bool = False,
         **more: Any,
     ) -> Any:
-        if anew:  # as the first loader of a process, which knows nothing of the path
-            importlib.import_module("holotensor_net.engine.paths").PATHS.forget()
-        with self.loader(url, to, **more) as loader:
+        with self.first() if anew else contextlib.nullcontext(), self.loader(url, to, **more) as loader:
             future = loader.enqueue(self.net.LoadRequest(path, path, expected_size=size, checksum=checksum))
             seen = list(watched(loader, future)) if watch else []
             data = future.result().data
             stats = loader.stats()
             told = {"requests": stats.requests, "retries": stats.retries, "limit": stats.limit, "seen": seen}
             return data, told
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Be as in the first loader of a process, which knows nothing of any path; others go on with what they know."""
+        paths = importlib.import_module("holotensor_net.engine.paths").PATHS
+        known = dict(paths._known)
+        paths.forget()
+        try:
+            yield
+        finally:
+            paths._known = known
 
     def urgent(self, url: str, path: str, bulk: int, times: int, every: float) -> Any:
         """An urgent mebibyte, again and again, alone and beside a bulk of low priority."""
