@@ -78,10 +78,7 @@ class MemoryPart:
 
     def settle(self, start: int, stop: int) -> None:
         """These bytes will not change any more: take them into the digest, if that will be asked for."""
-        if self._prefix is None:
-            return
-        self._prefix.add(start, stop)
-        while self._prefix.claim():
+        if self._prefix is not None and self._prefix.claim(self._prefix.add(start, stop)):
             try:
                 with contextlib.suppress(OSError):  # it was discarded
                     self._prefix.hash(self._blocks)

@@ -121,12 +121,11 @@ class PartFile:
     def settle(self, start: int, stop: int) -> None:
         """The bytes there will not change any more: take them into the digest, and into the journal if there is one.
 
-        When this has returned to all threads, that is done: one does it for those that come meanwhile. A disk that
-        fails here shows when the file is published.
+        When this returns, that is done, by whichever thread. A disk that fails here shows when the file is published.
         """
-        self._prefix.add(start, stop)
+        number = self._prefix.add(start, stop)
         with contextlib.suppress(OSError, CacheError):
-            while self._prefix.claim():
+            if self._prefix.claim(number):
                 try:
                     with self._using() as fd:
                         self._prefix.hash(partial(blocks, fd))

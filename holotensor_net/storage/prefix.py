@@ -13,9 +13,7 @@ from .journal import MOST_APART, Mark, Span, span_of
 
 __all__ = ["Prefix"]
 
-_FREE = 0.02  # seconds that may be spent on the digests of spans in any case
-_SHARE = 0.05  # of the time, beyond that
-_MOST_BEHIND = 64 << 20  # bytes that whoever sees to them may be behind those who bring them
+_FREE = 0.1  # seconds that may be spent on the digests of spans in any case
 
 Read: TypeAlias = Callable[[int, int], Iterator[memoryview]]
 """Gives the bytes from a start to a stop, in blocks that are good until the next one."""
@@ -35,7 +33,7 @@ class Prefix:
         self._began = time.monotonic()
         self._spent = 0.0
         self._is_busy = False
-        self._unseen = self._seeing = 0
+        self._added = self._seeing = self._seen = 0
         self._changed = threading.Condition()
 
     @property
@@ -48,33 +46,29 @@ class Prefix:
         with self._changed:
             return [(0, self._reach)] * (self._reach > 0) + sorted(self._apart.items())
 
-    def add(self, start: int, stop: int) -> None:
-        """These bytes will not change any more."""
+    def add(self, start: int, stop: int) -> int:
+        """These bytes will not change any more; gives the number of this call."""
         with self._changed:
             if start < stop:
                 self._apart[start] = stop
-                self._unseen += stop - start
+            self._added += 1
             while (reach := self._apart.pop(self._reach, None)) is not None:
                 self._reach = reach
+            return self._added
 
-    def claim(self) -> bool:
-        """Whether there is something that was added and is the caller's to see to now, until :meth:`release`.
-
-        If somebody else is at it, who will look again, there is not; but who is far behind is waited for: a disk that
-        is slower than the network must not be left with more than it can write in a moment.
-        """
+    def claim(self, number: int) -> bool:
+        """Wait until what was added with this number has been seen to; or is the caller's to see to, with all that was
+        added since, until :meth:`release`."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._is_busy or self._unseen <= _MOST_BEHIND)
-            if self._is_busy or not self._unseen:
+            self._changed.wait_for(lambda: self._seen >= number or not self._is_busy)
+            if self._seen >= number:
                 return False
-            self._is_busy, self._seeing = True, self._unseen
+            self._is_busy, self._seeing = True, self._added
             return True
 
     def release(self) -> None:
-        """What was claimed has been seen to. More may have been added since."""
         with self._changed:
-            self._unseen -= self._seeing
-            self._is_busy, self._seeing = False, 0
+            self._is_busy, self._seen = False, self._seeing
             self._changed.notify_all()
 
     def hash(self, read: Read) -> None:
@@ -95,7 +89,7 @@ class Prefix:
         with self._changed:
             apart = [span for span in self._apart.items() if span[0] not in self._hashed]
         for start, stop in apart:
-            if self._spent > _FREE + _SHARE * (time.monotonic() - self._began) or len(self._hashed) >= MOST_APART:
+            if self._spent > _FREE + (time.monotonic() - self._began) / 10 or len(self._hashed) >= MOST_APART:
                 return
             began = time.thread_time()
             span = span_of(read(start, stop), start)
@@ -106,7 +100,7 @@ class Prefix:
         """The digest of the first ``size`` bytes, the rest of them hashed now. Raises OSError."""
         with self._changed:
             self._changed.wait_for(lambda: not self._is_busy)
-            self._is_busy, self._seeing = True, self._unseen
+            self._is_busy = True
             self._reach = size
         try:
             if self.length > size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -23,8 +22,7 @@ def span(start: int, stop: int) -> Span:
 
 
 def settle(prefix: Prefix, start: int, stop: int) -> None:
-    prefix.add(start, stop)
-    assert prefix.claim()
+    assert prefix.claim(prefix.add(start, stop))
     prefix.hash(read)
     prefix.hash_apart(read)
     prefix.release()
@@ -34,8 +32,7 @@ def test_what_closes_a_gap_while_another_is_hashed_takes_nothing_from_the_mark()
     prefix = Prefix()
     settle(prefix, 20, 30)
     settle(prefix, 60, 70)
-    prefix.add(0, 10)
-    assert prefix.claim()
+    assert prefix.claim(prefix.add(0, 10))
 
     def read_slowly(start: int, stop: int) -> Iterator[memoryview]:
         yield from read(start, stop)
@@ -59,36 +56,3 @@ def test_what_the_prefix_has_reached_is_told_once() -> None:
 def test_bytes_that_are_not_there_are_no_digest() -> None:
     with pytest.raises(OSError, match="before they should"):
         Prefix().digest(read, 91)
-
-
-def test_nobody_waits_for_who_hashes_and_what_came_meanwhile_is_left_to_him() -> None:
-    prefix = Prefix()
-    prefix.add(0, 10)
-    assert prefix.claim()
-    prefix.add(10, 20)
-    assert not prefix.claim()
-    prefix.hash(read)
-    prefix.release()
-    assert prefix.claim()
-    prefix.hash(read)
-    prefix.release()
-    assert prefix.mark.prefix == span(0, 20)
-    assert not prefix.claim()
-
-
-def test_who_hashes_and_is_far_behind_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("holotensor_net.storage.prefix._MOST_BEHIND", 15)
-    prefix = Prefix()
-    prefix.add(0, 10)
-    assert prefix.claim()
-    prefix.add(10, 20)
-    claims: list[bool] = []
-    other = threading.Thread(target=lambda: claims.append(prefix.claim()))
-    other.start()
-    other.join(0.05)
-    assert claims == []
-    prefix.hash(read)
-    prefix.release()
-    other.join(10)
-    assert claims == [True]
-    prefix.release()
