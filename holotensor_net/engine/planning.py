@@ -11,6 +11,7 @@ from ..values import RangeRequest
 
 __all__ = [
     "coalesce",
+    "cut",
     "gap_worth_reading",
     "join_neighbours",
     "piece_worth_asking",
@@ -26,6 +27,7 @@ _SMALLEST_PIECE = 64 * 1024
 _FIRST_PIECE = 256 * 1024
 _SMALLEST_SHARE = 4 * 1024 * 1024
 _LONG_PIECE = 4 * 1024 * 1024
+_BLOCKS = (1024 * 1024, 64 * 1024)
 _WINDOW_ROUND_TRIPS = 2.0
 _WINDOW_SECONDS = 0.008  # that a reader may be late
 _SMALLEST_WINDOW = 128 * 1024
@@ -43,6 +45,21 @@ def split(byte_range: RangeRequest, piece_size: int) -> Iterator[RangeRequest]:
     start, length = byte_range.start, byte_range.length
     count = -(-length // piece_size)
     return (RangeRequest(start + length * i // count, start + length * (i + 1) // count) for i in range(count))
+
+
+def cut(byte_range: RangeRequest, piece_size: int, *, start: int) -> RangeRequest:
+    """The first of the pieces of a range that :func:`split` would give; ended, if it is long and that makes no more of
+    them, where a block ends of the file that the fragment goes to, whose first byte is ``start``.
+
+    What is written to blocks of a file one after the other lies in large pages of the system's, which are fewer to map.
+    """
+    first = next(split(byte_range, piece_size))
+    rest = -(-(byte_range.stop - first.stop) // piece_size)
+    for block in _BLOCKS if rest else ():
+        stop = first.stop - (first.stop - start) % block
+        if stop - first.start >= block and -(-(byte_range.stop - stop) // piece_size) == rest:
+            return RangeRequest(first.start, stop)
+    return first
 
 
 def coalesce(ranges: Sequence[RangeRequest], max_gap: int) -> list[RangeRequest]:

@@ -19,11 +19,11 @@ from .lanes import Lane, may_begin
 from .pacing import RateBudget
 from .paths import host_of
 from .planning import (
+    cut,
     gap_worth_reading,
     join_neighbours,
     piece_worth_asking,
     share_of_rest,
-    split,
     window_worth_filling,
 )
 from .priority import PrioritizedFragment, PriorityQueue
@@ -793,7 +793,8 @@ class Scheduler:
             size = self._piece_size(lane)
             if len(lane.queue) == 1:
                 size = min(size, share_of_rest(wanted.length, lane.limit))
-            first = next(split(wanted, size))
+            request = fragment.request
+            first = cut(wanted, size, start=request.byte_range.start if request.byte_range is not None else 0)
             if first.stop < wanted.stop:
                 plan.pending.insert(0, RangeRequest(first.stop, wanted.stop))
                 wanted = first

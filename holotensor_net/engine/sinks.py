@@ -16,8 +16,12 @@ __all__ = ["Bounded", "Scatter"]
 _LONG = 64 * 1024
 """Bytes of a place from which a read of its own costs less than a copy."""
 
-_PIPED = 512 * 1024
-"""Bytes of which a pipe of a mebibyte can hold all, though pages of packets are not full."""
+_BLOCK = 512 * 1024
+"""Bytes that are written to a file at once: a pipe of a mebibyte can mostly hold them, though pages of packets are not
+full."""
+
+_PART = 64 * 1024
+"""Where it cannot, what it holds is written up to a multiple of so many bytes."""
 
 
 class Scatter:
@@ -49,26 +53,30 @@ class Scatter:
         return most - (offset - self._starts[max(0, index)]) % most
 
     def room(self, offset: int, most: int) -> memoryview | None:
-        """The memory where what comes from ``offset`` on belongs, if that is one place, and a long one or the only
-        one."""
+        """The memory where what comes from ``offset`` on belongs, if that is one place, and a long one."""
         match self._alone(offset, most):
             case wanted, MemoryPart() as destination, most:
                 return destination.room(offset - wanted.start, most)
         return None
 
-    def piped(self, offset: int, most: int) -> int:
-        """How many of the bytes from ``offset`` on, of ``most``, may come in a pipe to :meth:`take`: up to the next
-        multiple of ``most``, if they belong into one file, and are many."""
-        match self._alone(offset, most):
-            case _, PartFile(), length if length >= _LONG:
-                return min(length, self.block(offset, min(most, _PIPED)))
+    def piped(self, offset: int, held: int) -> int:
+        """How many bytes may come in a pipe to :meth:`take`, behind those from ``offset`` on that it has ``held``
+        already, if all belong into one file, and are many: up to the end of a block of it."""
+        match self._alone(offset, held + _BLOCK):
+            case wanted, PartFile(), length:
+                return min(length - held, _BLOCK - (offset + held - wanted.start) % _BLOCK)
         return 0
 
-    def take(self, offset: int, pipe: int, size: int) -> None:
-        """Move bytes that :meth:`piped` has allowed from a pipe to their file."""
+    def take(self, offset: int, pipe: int, size: int, is_all: bool) -> int:
+        """Move bytes that :meth:`piped` has allowed from a pipe to their file: all of them, or those before the last
+        multiple of some KiB; gives how many."""
         wanted, destination = self._places[bisect.bisect_right(self._starts, offset) - 1]
         assert isinstance(destination, PartFile)
-        destination.take(offset - wanted.start, pipe, size)
+        place = offset - wanted.start
+        if not is_all:
+            size = max(0, (place + size) // _PART * _PART - place) or size
+        destination.take(place, pipe, size)
+        return size
 
     def _alone(self, offset: int, most: int) -> tuple[RangeRequest, Destination, int] | None:
         """The one place where many bytes from ``offset`` on belong, and how many of ``most``; None if they are few, or
@@ -79,8 +87,7 @@ class Scatter:
         wanted, destination = self._places[index]
         most = min(most, wanted.stop - offset)
         is_alone = index + 1 == len(self._places) or self._starts[index + 1] >= offset + most
-        is_long = most >= _LONG or len(self._places) == 1
-        return (wanted, destination, most) if is_long and is_alone and most > 0 else None
+        return (wanted, destination, most) if most >= _LONG and is_alone else None
 
 
 class Bounded:

@@ -4,15 +4,16 @@
 
     size bytes of data | a note of what they are | two slots, each a Mark
 
-The slots are written in turn, so that one that is torn leaves the other: one of them only after what it tells is
-durable, once in :data:`SYNC_EVERY` bytes. Nothing in a slot is believed before the bytes have been hashed again: it may
-be ahead of a disk that has lost power, and what it tells may have rotted.
+One slot is written each time, the other only after what it tells is durable, once in :data:`SYNC_EVERY` bytes: so there
+is one left if one is torn. Nothing in a slot is believed before the bytes have been hashed again: it may be ahead of a
+disk that has lost power, and what it tells may have rotted.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = ["MOST_APART", "SYNC_EVERY", "TAIL", "Journal", "Mark", "Span", "belie
 
 TAIL = 1 << 16
 SYNC_EVERY = 64 << 20
+_FAR = 4  # times that
 MOST_APART = 256
 
 _SCHEMA = 1
@@ -49,12 +51,14 @@ class Mark:
 
 
 class Journal:
-    """The end of a part file of ``size`` bytes of data. Not thread-safe. Raises OSError."""
+    """The end of a part file of ``size`` bytes of data. Raises OSError. Only :meth:`secure` may be called by several
+    threads at once."""
 
     def __init__(self, size: int, note: Mapping[str, Any]) -> None:
         self.size = size
         self.note = note
         self._durable = 0
+        self._syncing = threading.Lock()
 
     def begin(self, fd: int) -> bool:
         """Write the note; False if it is too long for its place, and so this is no file to resume."""
@@ -64,16 +68,29 @@ class Journal:
         os.pwrite(fd, page.ljust(TAIL, b"\0"), self.size)
         return True
 
-    def advance(self, fd: int, mark: Mark, *, sync: Callable[[int], None]) -> None:
-        """Write a mark; ``sync`` makes data durable where that is due."""
-        is_due = mark.prefix.stop - self._durable >= SYNC_EVERY
-        if is_due:
-            sync(fd)
-            self._durable = mark.prefix.stop
-        spans = [[span.start, span.stop, span.digest] for span in (mark.prefix, *mark.apart)]
-        page = _sealed(spans)
+    def advance(self, fd: int, mark: Mark) -> None:
+        """Write a mark, which outlives the process."""
+        self._write(fd, mark, _NOTE)
+
+    def secure(self, fd: int, mark: Mark, sync: Callable[[int], None]) -> None:
+        """Where it is due, have ``sync`` make the data durable, and write a mark that outlives a loss of power.
+
+        While one does that, no other waits, unless the disk is far behind.
+        """
+        ahead = mark.prefix.stop - self._durable
+        if ahead >= SYNC_EVERY and self._syncing.acquire(blocking=ahead >= _FAR * SYNC_EVERY):
+            try:
+                if mark.prefix.stop - self._durable >= SYNC_EVERY:
+                    sync(fd)
+                    self._durable = mark.prefix.stop
+                    self._write(fd, mark, _NOTE + _SLOT)
+            finally:
+                self._syncing.release()
+
+    def _write(self, fd: int, mark: Mark, where: int) -> None:
+        page = _sealed([[span.start, span.stop, span.digest] for span in (mark.prefix, *mark.apart)])
         if len(page) <= _SLOT:
-            os.pwrite(fd, page, self.size + _NOTE + _SLOT * is_due)
+            os.pwrite(fd, page, self.size + where)
 
     @classmethod
     def read(cls, fd: int) -> tuple[Journal, list[Mark]] | None:

@@ -126,14 +126,19 @@ class PartFile:
         number = self._prefix.add(start, stop)
         with contextlib.suppress(OSError, CacheError):
             if self._prefix.claim(number):
+                mark = None
                 try:
                     with self._using() as fd:
                         self._prefix.hash(partial(blocks, fd))
                         if self._journal is not None and self._prefix.length < self._journal.size:
                             self._prefix.hash_apart(partial(blocks, fd))
-                            self._journal.advance(fd, self._prefix.mark, sync=_sync)
+                            mark = self._prefix.mark
+                            self._journal.advance(fd, mark)
                 finally:
                     self._prefix.release()
+                if mark is not None and self._journal is not None:
+                    with self._using() as fd:
+                        self._journal.secure(fd, mark, _sync)
 
     def digest(self) -> str:
         """The BLAKE3 digest of all bytes; those that were settled have been hashed already. Nothing may be written."""

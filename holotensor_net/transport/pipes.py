@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["Pipe"]
@@ -16,14 +17,21 @@ _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
 
 
 class Pipe:
-    """A pipe that is empty between two uses, and made for the first; a context manager that closes it."""
+    """A pipe that gathers bytes until they are moved on, and is made when it is first used; a context manager that
+    closes it.
+
+    ``take`` is given the descriptor of its end, how many bytes it has, and whether all of them are to be moved, or as
+    many as it likes to; it gives how many those were. ``held``: bytes in it.
+    """
 
     LEAST = _LEAST
     """Bytes that every one has room for."""
 
     _are_filled = True  # by the kernel, as far as this process has met
 
-    def __init__(self) -> None:
+    def __init__(self, take: Callable[[int, int, bool], int]) -> None:
+        self._take = take
+        self.held = 0
         self._ends: tuple[int, int] | None = None
         self._is_tried = False
 
@@ -35,12 +43,6 @@ class Pipe:
             self._is_tried = True
             self._ends = _made()
         return self._ends is not None
-
-    @property
-    def source(self) -> int:
-        """The descriptor that its bytes are to be taken from."""
-        assert self._ends is not None
-        return self._ends[0]
 
     @classmethod
     def can_take_from(cls, sock: Any) -> bool:
@@ -55,20 +57,41 @@ class Pipe:
         not let it. Only reading tells.
         """
         assert self._ends is not None
-        try:
-            return os.splice(sock.fileno(), self._ends[1], most)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise
-            Pipe._are_filled = False
+        for _ in range(2):
+            try:
+                size = os.splice(sock.fileno(), self._ends[1], most, flags=os.SPLICE_F_NONBLOCK)
+            except BlockingIOError:  # the pipe may be full: it holds fewer bytes where packets are short
+                if not self.held:
+                    break
+                self._empty(is_all=False)
+            except OSError as error:
+                if error.errno not in _CANNOT:
+                    raise
+                Pipe._are_filled = False
+                break
+            else:
+                self.held += size
+                return size
         return 0
 
-    def pour(self, block: bytes) -> int:
+    def pour(self, block: bytes | memoryview) -> int:
         """Take in a block of :attr:`LEAST` bytes at most; gives their number."""
         assert self._ends is not None
-        return os.write(self._ends[1], block) if block else 0
+        if not block:
+            return 0
+        self.empty()
+        self.held = os.write(self._ends[1], block)
+        return self.held
+
+    def empty(self) -> None:
+        """Have all bytes moved on."""
+        if self.held:
+            self._empty(is_all=True)
+
+    def _empty(self, *, is_all: bool) -> None:
+        assert self._ends is not None
+        size, self.held = self.held, 0  # not again, should it fail
+        self.held = size - self._take(self._ends[0], size, is_all)
 
     def __enter__(self) -> Pipe:
         return self

@@ -26,8 +26,9 @@ for a socket to fill; None if they have to be written there. It may have a ``blo
 be given at once."""
 
 Piped: TypeAlias = Callable[[int, int], int]
-"""What a ``Write`` to a file has as ``piped``: how many bytes from an offset on, of so many, may come in a pipe. Its
-``take`` moves them, given their offset, the pipe's descriptor and their number."""
+"""What a ``Write`` to a file has as ``piped``: how many bytes may come in a pipe that has so many already, the first of
+them at an offset. Its ``take`` moves them, given the offset, the pipe's descriptor, how many it has, and whether all
+have to be moved; it gives how many were."""
 
 OpenSink: TypeAlias = Callable[[HeadInfo, RangeRequest | None], Write]
 """Called once, when an answer has passed the guards: what it told, and which bytes come (None: an unknown number from
@@ -157,17 +158,18 @@ class Transfer:
         block: Callable[[int, int], int] | None = getattr(self.write, "block", None)
         return most if block is None else block(self.position, most)
 
-    def piped(self, most: int) -> int:
-        """How many of the next bytes, of ``most``, may come in a pipe to :meth:`take`: none where they are to be held
-        against a digest on the way."""
+    def piped(self, held: int) -> int:
+        """How many bytes, behind those that a pipe has ``held`` already, may come in it to :meth:`take`, which then
+        should; none where they are to be held against a digest on the way."""
         piped: Piped | None = getattr(self.write, "piped", None)
-        return 0 if piped is None or self.claims else piped(self.position, most)
+        return 0 if piped is None or self.claims else piped(self.position, held)
 
-    def take(self, pipe: int, size: int) -> None:
-        """The next bytes are in a pipe: to their place."""
+    def take(self, pipe: int, size: int, is_all: bool) -> int:
+        """The next bytes are in a pipe: to their place, all of them or as many as go there well; gives how many."""
         sink: Any = self.write
-        sink.take(self.position, pipe, size)
-        self.position += size
+        moved: int = sink.take(self.position, pipe, size, is_all)
+        self.position += moved
+        return moved
 
     def advance(self, block: memoryview, *, is_in_place: bool = False) -> None:
         """The next bytes: to their place, unless they are there. Raises ChecksumMismatch if they complete what has

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from holotensor_net.engine.planning import (
     coalesce,
+    cut,
     gap_worth_reading,
     join_neighbours,
     piece_worth_asking,
@@ -234,3 +235,33 @@ def test_of_many_connections_one_comes_free_each_hundredth_of_a_second(connectio
 )
 def test_what_is_left_is_shared_among_all_connections(length: int, connections: int, size: int) -> None:
     assert share_of_rest(length, connections) == size
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "most", "end"),
+    [
+        (0, 10 * MIB, 4 * MIB, 3 * MIB),  # three pieces, each at most 4 MiB
+        (0, 3_579_136, 1_200_000, 18 * 65_536),  # a shorter one would make a fourth
+        (0, 3_579_136, 1_193_050, 1_193_045),
+        (0, 3_579_136, 1_300_000, MIB),
+        (0, 600_000, 400_000, 4 * 65_536),
+        (0, 100_000, 60_000, 50_000),
+        (0, 100, 200, 100),
+        (7 * MIB + 11, 17 * MIB, 4 * MIB, 10 * MIB),
+    ],
+)
+def test_pieces_end_where_blocks_of_the_file_do_if_that_makes_none_more(
+    start: int, stop: int, most: int, end: int
+) -> None:
+    assert cut(RangeRequest(start, stop), most, start=0) == RangeRequest(start, end)
+    assert cut(RangeRequest(start + 999, stop + 999), most, start=999) == RangeRequest(start + 999, end + 999)
+
+
+@given(st.integers(0, 1 << 24), st.integers(1, 1 << 26), st.integers(1 << 12, 1 << 24))
+def test_pieces_that_are_cut_one_after_the_other_are_as_many_as_equal_ones(start: int, length: int, most: int) -> None:
+    rest, pieces = RangeRequest(start, start + length), []
+    while rest.length:
+        pieces.append(cut(rest, most, start=start))
+        rest = RangeRequest(pieces[-1].stop, rest.stop)
+    assert len(pieces) == -(-length // most)
+    assert all(0 < piece.length <= most for piece in pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from holotensor_net.engine.sinks import Scatter
@@ -10,6 +11,8 @@ from holotensor_net.storage.memory import MemoryPart
 from holotensor_net.values import RangeRequest
 
 LONG = 1 << 18
+PAGE = 1 << 16
+BLOCK = 1 << 19
 
 
 def test_a_place_in_memory_can_be_filled_from_outside() -> None:
@@ -66,15 +69,33 @@ def test_blocks_end_where_pages_do_in_the_place_that_they_belong_to() -> None:
 
 def test_what_belongs_into_one_file_may_come_in_a_pipe(tmp_path: Path) -> None:
     files = BlobStore(tmp_path)
-    with files.create(3 * LONG) as part, files.create(100) as short:
+    with files.create(3 * BLOCK) as part, files.create(100) as short:
         sink = Scatter(
             [
-                (RangeRequest(1000, 1000 + 3 * LONG), part),
-                (RangeRequest(4 * LONG, 5 * LONG), MemoryPart(LONG)),
-                (RangeRequest(6 * LONG, 6 * LONG + 100), short),
+                (RangeRequest(1000, 1000 + 3 * BLOCK), part),
+                (RangeRequest(4 * BLOCK, 4 * BLOCK + LONG), MemoryPart(LONG)),
+                (RangeRequest(6 * BLOCK, 6 * BLOCK + 100), short),
             ]
         )
-        assert sink.piped(1000, LONG) == LONG
-        assert sink.piped(1000 + 5, LONG) == LONG - 5  # up to where a large page may end
-        assert sink.piped(1000 + 3 * LONG - 10, LONG) == 0  # ten bytes are not worth it
-        assert [sink.piped(offset, LONG) for offset in (0, 4 * LONG, 6 * LONG, 7 * LONG)] == [0, 0, 0, 0]
+        assert sink.piped(1000, 0) == BLOCK
+        assert sink.piped(1000 + 5, 0) == BLOCK - 5  # up to where a large page may end
+        assert sink.piped(1000 + 5, 100) == BLOCK - 105
+        assert sink.piped(1000 + 3 * BLOCK - 10, 0) == 0  # ten bytes are not worth it
+        assert sink.piped(1000 + 2 * BLOCK, BLOCK - 10) == 10  # unless they can come along
+        elsewhere = (0, 4 * BLOCK, 6 * BLOCK, 7 * BLOCK)
+        assert [sink.piped(offset, 0) for offset in elsewhere] == [0, 0, 0, 0]
+
+
+def test_a_pipe_that_is_full_gives_what_ends_where_a_page_may(tmp_path: Path) -> None:
+    with BlobStore(tmp_path).create(LONG) as part:
+        sink = Scatter([(RangeRequest(1000, 1000 + LONG), part)])
+        source, end = os.pipe()
+        with open(source, "rb"), open(end, "wb", buffering=0) as pipe:
+            pipe.write(b"a" * PAGE)
+            assert sink.take(1000, source, PAGE, False) == PAGE
+            pipe.write(b"b" * 60_000)
+            assert sink.take(1000 + PAGE, source, 10_000, False) == 10_000  # there is no such place: all of it
+            assert sink.take(1000 + PAGE + 10_000, source, 50_000, True) == 50_000
+            pipe.write(b"c" * 10_000)
+            assert sink.take(1000 + PAGE + 60_000, source, 10_000, False) == PAGE - 60_000
+        assert part.view()[: 2 * PAGE] == b"a" * PAGE + b"b" * 60_000 + b"c" * (PAGE - 60_000)

@@ -310,12 +310,17 @@ def test_an_urgent_byte_is_not_the_end_where_the_end_has_come_too() -> None:
         assert ended.poll(5000)
         incoming = _Incoming(sock, sock.makefile("rb", buffering=0), live)
         incoming.begin_body(may_end=True)
-        came = b""
-        with Pipe() as pipe, contextlib.closing(incoming):
+        came = []
+
+        def taken(source: int, size: int, _: bool) -> int:
+            came.append(os.read(source, size))
+            return len(came[-1])
+
+        with Pipe(taken) as pipe, contextlib.closing(incoming):
             assert pipe.is_there
-            while size := incoming.pipe(pipe, 1 << 16):
-                came += os.read(pipe.source, size)
-        assert came == b"a" * 5000 + b"b" * 5000
+            while incoming.pipe(pipe, 1 << 16):
+                pipe.empty()
+        assert b"".join(came) == b"a" * 5000 + b"b" * 5000
 
 
 def waiting(
@@ -416,14 +421,57 @@ def test_an_interrupt_between_two_steps_leaves_nothing_in_the_way(
 
 
 def test_a_part_file_takes_no_more_than_belongs_to_it_and_no_less_than_was_said(store: BlobStore) -> None:
-    with Pipe() as pipe, store.create(100_000) as made:
-        assert pipe.is_there
-        os.write(pipe._ends[1], b"x" * 10)  # type: ignore[index]
+    source, end = os.pipe()
+    with store.create(100_000) as made, open(source, "rb"), open(end, "wb", buffering=0) as pipe:
+        pipe.write(b"x" * 10)
         for offset, size in ((-1, 10), (99_991, 10)):
             with pytest.raises(CacheError):
-                made.take(offset, pipe.source, size)
-        made.take(99_990, pipe.source, 10)
+                made.take(offset, source, size)
+        made.take(99_990, source, 10)
         assert made.view()[-11:] == b"\0" + b"x" * 10
         made.discard()
         with pytest.raises(CacheError):
-            made.take(0, pipe.source, 10)
+            made.take(0, source, 10)
+
+
+def test_a_pipe_gathers_until_it_is_full_and_gives_what_its_owner_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full one does not wait for room that nobody makes."""
+    monkeypatch.setattr(pipes, "_ROOM", 1 << 16)  # sixteen fragments of packets
+    given: list[tuple[int, bool]] = []
+    came = []
+
+    def taken(source: int, size: int, is_all: bool) -> int:
+        given.append((size, is_all))
+        came.append(os.read(source, size if is_all else size - 1000))
+        return len(came[-1])
+
+    data = random.Random(3).randbytes(4 << 20)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sock:
+        theirs, _ = server.accept()
+        with theirs, Pipe(taken) as pipe:
+            assert pipe.is_there
+            sender = threading.Thread(target=theirs.sendall, args=(data,))
+            sender.start()
+            left = len(data)
+            while left:
+                assert select.select([sock], [], [], 10)[0]
+                left -= pipe.fill(sock, left)
+            pipe.empty()
+            assert pipe.held == 0
+            sender.join(10)
+    assert b"".join(came) == data
+    assert [is_all for _, is_all in given] == [False] * (len(given) - 1) + [True]
+    assert len(given) > 2
+
+
+def test_what_could_not_be_moved_on_is_not_moved_twice() -> None:
+    def taken(source: int, size: int, is_all: bool) -> int:
+        os.read(source, 10)
+        raise OSError(errno.EIO, "no")
+
+    with Pipe(taken) as pipe:
+        assert pipe.is_there
+        pipe.pour(b"x" * 100)
+        with pytest.raises(OSError, match="no"):
+            pipe.empty()
+        pipe.empty()
