@@ -46,6 +46,7 @@ class PartFile:
         self._turn = threading.Lock()
         self._prefix = Prefix()
         self._journal: Journal | None = None
+        self._unsynced: OSError | None = None
         self._abandon = weakref.finalize(self, _abandon, fd, path, os.getpid())
         hold(fd)
 
@@ -138,7 +139,14 @@ class PartFile:
                     self._prefix.release()
                 if mark is not None and self._journal is not None:
                     with self._using() as fd:
-                        self._journal.secure(fd, mark, _sync)
+                        self._journal.secure(fd, mark, self._sync)
+
+    def _sync(self, fd: int) -> None:
+        try:
+            getattr(os, "fdatasync", os.fsync)(fd)
+        except OSError as error:
+            self._unsynced = error  # the system tells of bytes that it has lost once only, and then forgets them
+            raise
 
     def digest(self) -> str:
         """The BLAKE3 digest of all bytes; those that were settled have been hashed already. Nothing may be written."""
@@ -187,6 +195,8 @@ class PartFile:
             past = time.time_ns() - _BACKDATED
             os.utime(self.path, ns=(past, past))
             if durable:
+                if self._unsynced is not None:
+                    raise self._unsynced
                 os.fsync(fd)
             os.replace(self.path, target)
             yield fd
@@ -289,7 +299,3 @@ def _moved(pipe: int, fd: int, most: int, offset: int) -> int:
     if not moved:
         raise OSError(errno.EIO, "the pipe holds less than was said")
     return moved
-
-
-def _sync(fd: int) -> None:
-    getattr(os, "fdatasync", os.fsync)(fd)

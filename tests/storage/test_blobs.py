@@ -20,10 +20,11 @@ import pytest
 from blake3 import blake3
 
 from holotensor_net.errors import CacheError, InsufficientDisk
-from holotensor_net.storage import blobs, parts
+from holotensor_net.storage import blobs, journal, parts
 from holotensor_net.storage import files as owners
 from holotensor_net.storage.blobs import BlobStore
 from holotensor_net.storage.files import digest_of, flat, is_in_memory, opened, read_all
+from holotensor_net.storage.journal import Journal
 from holotensor_net.storage.parts import PartFile
 
 LARGE = 1 << 17  # mapped; smaller ones are read
@@ -499,6 +500,54 @@ class TestFailingDisk:
             with pytest.raises(CacheError, match="Input/output error"), store.create(3) as part:
                 part.publish(digest_of(bytes(3)))
         assert files(store.root) == []
+
+    def test_what_the_disk_has_lost_on_the_way_is_not_published(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The system tells of it once: to flush the file at the end succeeds."""
+
+        def fail(_: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(journal, "SYNC_EVERY", LARGE)
+        with store.create(3 * LARGE, subject="a" * 64, note={"what": "this"}) as part:
+            part.write(0, bytes(LARGE))
+            with monkeypatch.context() as broken:
+                broken.setattr(os, "fdatasync", fail)
+                part.settle(0, LARGE)
+            part.write(LARGE, bytes(2 * LARGE))
+            part.settle(LARGE, 3 * LARGE)
+            with pytest.raises(CacheError, match="Input/output error"):
+                part.publish(part.digest())
+            assert part.view() == bytes(3 * LARGE)
+        assert files(store.root) == []
+
+    def test_others_go_on_while_one_flushes(self, store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        begun, ended = threading.Event(), threading.Event()
+
+        def sync(_: int) -> None:
+            begun.set()
+            assert ended.wait(10)
+
+        monkeypatch.setattr(journal, "SYNC_EVERY", LARGE)
+        monkeypatch.setattr(os, "fdatasync", sync)
+        with store.create(4 * LARGE, subject="a" * 64, note={"what": "this"}) as part:
+            part.write(0, bytes(4 * LARGE))
+            flushing = threading.Thread(target=part.settle, args=(0, LARGE))
+            flushing.start()
+            assert begun.wait(10)
+            part.settle(LARGE, 2 * LARGE)
+            with opened(part.path) as (fd, _):
+                found = Journal.read(fd)
+            assert found is not None
+            assert [mark.prefix.stop for mark in found[1]] == [2 * LARGE]
+            ended.set()
+            flushing.join(10)
+            assert not flushing.is_alive()
+            with opened(part.path) as (fd, _):
+                found = Journal.read(fd)
+            assert found is not None
+            assert {mark.prefix.stop for mark in found[1]} == {LARGE, 2 * LARGE}
 
     @pytest.mark.parametrize("number", [None, errno.EOPNOTSUPP, errno.EINVAL])
     def test_without_fallocate_the_size_is_set_all_the_same(
