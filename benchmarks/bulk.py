@@ -1,13 +1,16 @@
 """One large object from an origin that is as fast as the machine: to memory, and to the disk cache.
 
-To the disk is to the same file system for all, in memory where the system has one: the disk is not what is measured.
-Ours hashes what it writes to the cache and flushes it; the others do neither. To memory it is measured twice: as the
+To the disk is to the same file system for all, in memory where the system has one, as the disk is not what is measured;
+and once more to where temporary files go, if that is another. Ours hashes what it writes to the cache, and does not
+deliver before it is durable; the others do neither. To memory it is measured twice: as the
 others are, and with a checksum that the bytes have to have. curl fills no memory there.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from ._sides import Effort, in_turns, sides
 
 TO_MEMORY = ("obstore", "fsspec", "curl", "requests")
 TO_DISK = ("obstore", "hf_transfer", "huggingface_hub", "fsspec", "pypdl", "aria2c", "curl", "requests")
+TO_REAL_DISK = ("obstore", "hf_transfer", "fsspec", "aria2c", "curl", "requests")
 DELIVERS_NOWHERE = "curl"
 VERIFIED = "ours, verified"
 
@@ -24,7 +28,7 @@ VERIFIED = "ours, verified"
 def cases(smallest: bool) -> Iterator[Case]:
     size, rounds = (2 * MIB, 1) if smallest else (2048 * MIB, 5)
     peers = ("curl", "requests") if smallest else None
-    with folder() as root, folder() as target:
+    with folder() as root, folder() as target, tempfile.TemporaryDirectory() as real:
         write_object(root / "object", size)
         with served(root) as origin:
             with sides(peers or TO_MEMORY) as (there, absent):
@@ -35,6 +39,11 @@ def cases(smallest: bool) -> Iterator[Case]:
             with sides(peers or TO_DISK) as (there, absent):
                 efforts = in_turns(there, "whole", rounds, to=str(target / "here"), **details)
                 yield compared(f"to the disk, from {origin.server}", efforts, absent, size, most_memory=64)
+            if os.stat(real).st_dev != os.stat(target).st_dev:
+                with sides(peers or TO_REAL_DISK) as (there, absent):
+                    efforts = in_turns(there, "whole", rounds, to=f"{real}/here", **details)
+                    name = f"to a disk that is none in memory, from {origin.server}"
+                    yield compared(name, efforts, absent, size, most_memory=64)
 
 
 def compared(

@@ -6,6 +6,7 @@ object, and is handed over once all of it is there and proves right.
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,8 @@ from .sinks import Bounded, Scatter
 from .turns import Turns
 
 __all__ = ["Assembly"]
+
+_log = logging.getLogger("holotensor_net.engine")
 
 _DENSE = 0.75
 """Of what is read in one request for several fragments: from so much on that is theirs, they share its memory."""
@@ -216,8 +219,13 @@ class Assembly:
         return Proven(request, head, wanted, destination, data, attempt.asked_at)
 
     def kept(self, proven: list[Proven], endpoint: int) -> list[Whole]:
-        """Publish what proved right."""
-        return [Whole(data, each.head) for data, each in zip(self._cache.keep(proven, endpoint), proven, strict=True)]
+        """Publish what proved right; whatever becomes of that, it is delivered."""
+        try:
+            views = self._cache.keep(proven, endpoint)
+        except Exception:
+            _log.exception("keeping what came failed")
+            views = [each.data for each in proven]
+        return [Whole(data, each.head) for data, each in zip(views, proven, strict=True)]
 
     def stale(self, load: Load) -> Whole | None:
         """What the cache has of it, where its server fails and has allowed that."""

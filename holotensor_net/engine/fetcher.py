@@ -19,7 +19,7 @@ from functools import partial
 from ..config import NetworkConfig
 from ..errors import Cancelled, DeadlineExceeded, NetworkError
 from ..transport.client import Answer
-from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority, RangeRequest
+from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority
 from .alarms import Alarms
 from .assembly import Assembly
 from .courier import Courier
@@ -489,7 +489,11 @@ class Fetcher:
         loads: list[Load] = []
         try:
             for share in complete:
-                outcome = self._complete(share, answer, endpoint)
+                try:
+                    outcome = self._complete(share, answer, endpoint)
+                except Exception as error:  # the others are right all the same
+                    self._resolve(share.load, _defect(error))
+                    continue
                 if isinstance(outcome, Whole):
                     ended.append((share.load, outcome))
                 elif outcome is not None:
@@ -595,9 +599,6 @@ def _cancelled(known: weakref.ref[Fetcher], waiting: weakref.ref[Waiter]) -> Non
     fetcher, waiter = known(), waiting()
     if fetcher is not None and waiter is not None:
         fetcher._dismiss(waiter, Cancelled("cancelled on request"))
-
-
-_UNTIL_ITS_END = RangeRequest(0, 1 << 62)
 
 
 def _defect(error: Exception) -> NetworkError:

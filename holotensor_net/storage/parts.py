@@ -46,7 +46,7 @@ class PartFile:
         self._turn = threading.Lock()
         self._prefix = Prefix()
         self._journal: Journal | None = None
-        self._unsynced: OSError | None = None
+        self._unsynced = 0  # the number of the error
         self._abandon = weakref.finalize(self, _abandon, fd, path, os.getpid())
         hold(fd)
 
@@ -127,25 +127,25 @@ class PartFile:
         number = self._prefix.add(start, stop)
         with contextlib.suppress(OSError, CacheError):
             if self._prefix.claim(number):
-                mark = None
+                journal, mark = self._journal, None
                 try:
                     with self._using() as fd:
                         self._prefix.hash(partial(blocks, fd))
-                        if self._journal is not None and self._prefix.length < self._journal.size:
+                        if journal is not None and self._prefix.length < journal.size:
                             self._prefix.hash_apart(partial(blocks, fd))
                             mark = self._prefix.mark
-                            self._journal.advance(fd, mark)
+                            journal.advance(fd, mark)
                 finally:
                     self._prefix.release()
-                if mark is not None and self._journal is not None:
-                    with self._using() as fd:
-                        self._journal.secure(fd, mark, self._sync)
+                if mark is not None and journal is not None:
+                    with self._using(writing=True) as fd:  # not while it is published
+                        journal.secure(fd, mark, self._sync)
 
     def _sync(self, fd: int) -> None:
         try:
             getattr(os, "fdatasync", os.fsync)(fd)
         except OSError as error:
-            self._unsynced = error  # the system tells of bytes that it has lost once only, and then forgets them
+            self._unsynced = error.errno or errno.EIO  # the system tells of bytes that it has lost once only
             raise
 
     def digest(self) -> str:
@@ -195,8 +195,8 @@ class PartFile:
             past = time.time_ns() - _BACKDATED
             os.utime(self.path, ns=(past, past))
             if durable:
-                if self._unsynced is not None:
-                    raise self._unsynced
+                if self._unsynced:
+                    raise OSError(self._unsynced, os.strerror(self._unsynced))
                 os.fsync(fd)
             os.replace(self.path, target)
             yield fd

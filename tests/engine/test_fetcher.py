@@ -1240,10 +1240,42 @@ def test_where_few_threads_can_be_started_they_do_all_the_work(
         assert it.is_quiet()
 
 
-@pytest.mark.parametrize("place", ["keep", "destination"])
-def test_a_defect_of_ours_leaves_nobody_waiting(bench: Callable[..., Bench], place: str) -> None:
+def test_a_defect_in_keeping_costs_no_bytes(bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture) -> None:
     it = bench()
-    it.fetcher._cache = it.fetcher._assembly._cache = Broken(place, ZeroDivisionError("a defect"))
+    it.fetcher._cache = it.fetcher._assembly._cache = Broken("keep", ZeroDivisionError("a defect"))
+    future = it.submit(LoadRequest("id", "file"))
+    it.call().answer(OLD[:10])
+    assert got(future) == OLD[:10]
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_defect_that_meets_one_of_joined_neighbours_leaves_the_others_alone(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = bench(max_concurrent=1)
+    it.submit(LoadRequest("blocker", "blocker"))
+    blocking = it.call()
+    starts = (0, 100, 200)
+    futures = [it.submit(LoadRequest(str(s), "file", byte_range=RangeRequest(s, s + 100))) for s in starts]
+    proven = it.fetcher._assembly.proven
+
+    def fail(share: Share) -> Any:
+        if share.load.request.fragment_id == "100":
+            raise MemoryError
+        return proven(share)
+
+    blocking.answer(OLD[:1])
+    call = it.call()
+    monkeypatch.setattr(it.fetcher._assembly, "proven", fail)
+    call.answer(OLD)
+    assert [got(futures[0]), got(futures[2])] == [OLD[:100], OLD[200:300]]
+    assert "internal error" in str(futures[1].result(NEVER).error)
+    assert it.is_quiet()
+
+
+def test_a_defect_of_ours_leaves_nobody_waiting(bench: Callable[..., Bench]) -> None:
+    it = bench()
+    it.fetcher._cache = it.fetcher._assembly._cache = Broken("destination", ZeroDivisionError("a defect"))
     future = it.submit(LoadRequest("id", "file"))
     it.call().answer(OLD[:10])
     error = future.result(NEVER).error

@@ -26,6 +26,7 @@ from holotensor_net.storage.blobs import BlobStore
 from holotensor_net.storage.files import digest_of, flat, is_in_memory, opened, read_all
 from holotensor_net.storage.journal import Journal
 from holotensor_net.storage.parts import PartFile
+from holotensor_net.storage.prefix import Prefix
 
 LARGE = 1 << 17  # mapped; smaller ones are read
 SIZES = (0, 1, 4096, LARGE - 1, LARGE, LARGE + 1)
@@ -521,6 +522,38 @@ class TestFailingDisk:
                 part.publish(part.digest())
             assert part.view() == bytes(3 * LARGE)
         assert files(store.root) == []
+
+    def test_a_flush_that_comes_late_writes_nothing_into_what_is_published(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hashed, publishing = threading.Event(), threading.Event()
+        release, fsync = Prefix.release, os.fsync
+
+        def released(self: Prefix) -> None:
+            release(self)
+            if threading.current_thread() is settling:
+                hashed.set()
+                assert publishing.wait(10)
+
+        def slowly(fd: int) -> None:
+            publishing.set()
+            settling.join(0.2)  # what it does now must not reach the file
+            fsync(fd)
+
+        monkeypatch.setattr(journal, "SYNC_EVERY", LARGE)
+        monkeypatch.setattr(Prefix, "release", released)
+        monkeypatch.setattr(os, "fsync", slowly)
+        with store.create(3 * LARGE, subject="a" * 64, note={"what": "this"}) as part:
+            part.write(0, bytes(3 * LARGE))
+            settling = threading.Thread(target=part.settle, args=(0, 2 * LARGE))
+            settling.start()
+            assert hashed.wait(10)
+            digest = part.digest()
+            assert part.publish(digest) == bytes(3 * LARGE)
+        settling.join(10)
+        assert not settling.is_alive()
+        assert [path.stat().st_size for path in files(store.root)] == [3 * LARGE]
+        assert store.open(digest, 3 * LARGE) == bytes(3 * LARGE)
 
     def test_others_go_on_while_one_flushes(self, store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
         begun, ended = threading.Event(), threading.Event()
