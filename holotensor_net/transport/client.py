@@ -357,8 +357,8 @@ class HttpClient:
         through = state.piped(pipe.held + state.ahead) if reply.can_be_piped else 0
         if through and pipe.is_there:
             if state.ahead <= pipe.LEAST:  # what was read together with the head goes along
-                pipe.pour(self._buffer()[: state.ahead])
-                state.ahead = 0
+                ahead, state.ahead = state.ahead, 0  # not twice, should an interrupt come between
+                pipe.pour(self._buffer()[:ahead])
             self._flush(state)
             size = reply.pipe(pipe, min(most, through))
             if size == through:

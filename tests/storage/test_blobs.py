@@ -523,6 +523,29 @@ class TestFailingDisk:
             assert part.view() == bytes(3 * LARGE)
         assert files(store.root) == []
 
+    def test_a_disk_that_is_far_behind_is_waited_for(self, store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        begun, ended = threading.Event(), threading.Event()
+
+        def sync(_: int) -> None:
+            begun.set()
+            assert ended.wait(10)
+
+        monkeypatch.setattr(journal, "SYNC_EVERY", LARGE)
+        monkeypatch.setattr(os, "fdatasync", sync)
+        with store.create(6 * LARGE, subject="a" * 64, note={"what": "this"}) as part:
+            part.write(0, bytes(6 * LARGE))
+            flushing = threading.Thread(target=part.settle, args=(0, LARGE))
+            flushing.start()
+            assert begun.wait(10)
+            following = threading.Thread(target=part.settle, args=(LARGE, 5 * LARGE))
+            following.start()
+            following.join(0.1)
+            assert following.is_alive()
+            ended.set()
+            for thread in (flushing, following):
+                thread.join(10)
+                assert not thread.is_alive()
+
     def test_a_flush_that_comes_late_writes_nothing_into_what_is_published(
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:

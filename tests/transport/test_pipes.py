@@ -420,6 +420,25 @@ def test_an_interrupt_between_two_steps_leaves_nothing_in_the_way(
         assert wire.connections == 2
 
 
+def test_an_interrupt_writes_nothing_twice(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when what came with the head is in the pipe."""
+    pour, poured = Pipe.pour, []
+
+    def interrupted(self: Pipe, block: bytes) -> int:
+        size = pour(self, block)
+        if size:
+            poured.append(size)
+            raise KeyboardInterrupt
+        return size
+
+    monkeypatch.setattr(Pipe, "pour", interrupted)
+    with Wire(always=[whole()]) as wire, client(wire.url) as one, store.create(SIZE) as made:
+        with pytest.raises(KeyboardInterrupt):
+            one.transfer(Ask("object", RangeRequest(0, SIZE)), lambda *_: Scatter([(RangeRequest(0, SIZE), made)]))
+        (size,) = poured
+        assert made.view()[: 2 * size] == DATA[:size] + bytes(size)
+
+
 def test_a_part_file_takes_no_more_than_belongs_to_it_and_no_less_than_was_said(store: BlobStore) -> None:
     source, end = os.pipe()
     with store.create(100_000) as made, open(source, "rb"), open(end, "wb", buffering=0) as pipe:
