@@ -848,7 +848,8 @@ def serve(
     """Serve until Ctrl-C; ``announce`` is told the URL. Raises ValueError and OSError as Origin does."""
     with Origin(root, host=host, port=port, behaviour=behaviour) as origin, contextlib.suppress(KeyboardInterrupt):
         announce(origin.url)
-        threading.Event().wait()
+        while True:
+            time.sleep(0.1)  # a signal that another thread takes does not end a sleep
 
 
 def _serve_parent(origin: Origin) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import NetworkError
 from ..transport.digests import Digest
 from ..values import HeadInfo, LoadRequest, LoadResult, RangeRequest, Validator
+from ..waits import attentively
 from .alarms import Alarm
 from .priority import PrioritizedFragment
 from .request_cache import Destination, Found
@@ -139,6 +140,18 @@ class Promise(Future[LoadResult]):
 
     on_cancel: Callable[[weakref.ref[Waiter]], object] | None = None
     waiter: weakref.ref[Waiter]
+
+    def result(self, timeout: float | None = None) -> LoadResult:
+        self._stay(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._stay(timeout)
+        return super().exception(0)
+
+    def _stay(self, timeout: float | None) -> None:
+        if not self.done():
+            attentively(lambda seconds: wait((self,), seconds).done, timeout)
 
     def cancel(self) -> bool:
         is_cancelled = super().cancel()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from ..config import NetworkConfig, SchedulerConfig
 from ..errors import ConfigurationError, Timeout
 from ..values import LoadRequest, Priority, RangeRequest, Validator
+from ..waits import attentively
 from .bandwidth import BandwidthMonitor
 from .lanes import Lane, may_begin
 from .pacing import RateBudget
@@ -265,7 +266,10 @@ class Scheduler:
     ) -> None:
         """``enqueue``, for a fragment that exists already. ``whole``: hand it out in one piece, however long it is."""
         with self._changed:
-            if not self._room.wait_for(lambda: fragment.state is _SETTLED or self._has_room(), timeout):
+            if not attentively(
+                lambda seconds: self._room.wait_for(lambda: fragment.state is _SETTLED or self._has_room(), seconds),
+                timeout,
+            ):
                 raise Timeout(
                     f"the queue holds {self.config.queue_limit} fragments: wait for results before adding more"
                 )

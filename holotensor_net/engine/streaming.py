@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, NetworkError, Timeout
 from ..values import LoadFailure, LoadRequest, LoadResult, Priority
+from ..waits import attentively
 from .priority import PriorityQueue
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class StreamingLoader:
         """The next result; None at the end. Raises Timeout if there is none within ``timeout`` seconds."""
         self._ask()
         with self._arrived:
-            if not self._arrived.wait_for(self._has_news, timeout):
+            if not attentively(lambda seconds: self._arrived.wait_for(self._has_news, seconds), timeout):
                 raise Timeout(f"no fragment arrived within {timeout} s")
             if self._cancelled or not self._ready:
                 return None

@@ -1,0 +1,130 @@
+"""A signal that another thread takes ends the main thread's wait all the same, and soon."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+
+import pytest
+from wire import HOLD, Wire
+
+from holotensor_net.config import NetworkConfig, SchedulerConfig
+from holotensor_net.engine.loader import NetworkLoader
+from holotensor_net.engine.loads import Promise
+from holotensor_net.engine.scheduler import Scheduler
+from holotensor_net.engine.streaming import StreamingLoader
+from holotensor_net.errors import NotFound
+from holotensor_net.transport.retry import Patience
+from holotensor_net.values import LoadFailure, LoadRequest
+from holotensor_net.waits import attentively
+
+LONG = 20.0
+SOON = 2.0  # for a busy machine
+REQUEST = LoadRequest("a", "a")
+
+
+@contextmanager
+def signal_elsewhere() -> Iterator[None]:
+    """While the block waits, another thread takes SIGINT: that does not end a system call of this thread."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    taker = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+    taker.start()
+    try:
+        yield
+    finally:
+        taker.join()
+        signal.signal(signal.SIGINT, before)
+
+
+def loads(loader: NetworkLoader) -> None:
+    loader.load(REQUEST)
+
+
+def takes(loader: NetworkLoader) -> None:
+    next(StreamingLoader(loader).start([REQUEST]))
+
+
+def asks_result(loader: NetworkLoader) -> None:
+    loader.enqueue(REQUEST).result(LONG)
+
+
+def asks_exception(loader: NetworkLoader) -> None:
+    loader.enqueue(REQUEST).exception(LONG)
+
+
+def finds_no_room(loader: NetworkLoader) -> None:
+    scheduler = Scheduler(SchedulerConfig(queue_limit=1))
+    for _ in range(2):
+        scheduler.enqueue(REQUEST, timeout=LONG)
+
+
+def sleeps_before_another_try(loader: NetworkLoader) -> None:
+    Patience().sleep(LONG)
+
+
+WAITS: list[Callable[[NetworkLoader], None]] = [
+    *(loads, takes, asks_result, asks_exception, finds_no_room, sleeps_before_another_try)
+]
+
+
+@pytest.mark.parametrize("waits", WAITS, ids=lambda function: function.__name__)
+def test_a_signal_that_another_thread_takes_ends_a_wait(
+    waits: Callable[[NetworkLoader], None],
+) -> None:
+    with (
+        Wire(always=[HOLD]) as server,
+        NetworkLoader(NetworkConfig(endpoints=server.url)) as loader,
+        signal_elsewhere(),
+    ):
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            waits(loader)
+        assert time.monotonic() - began < SOON
+
+
+def test_a_wait_ends_when_it_is_true_and_when_its_time_is_over() -> None:
+    event = threading.Event()
+    assert not attentively(event.wait, 0.0)
+    assert not attentively(event.wait, -1.0)
+    began = time.monotonic()
+    assert not attentively(event.wait, 0.25)
+    assert time.monotonic() - began >= 0.25
+    threading.Timer(0.15, event.set).start()
+    assert attentively(event.wait)
+
+
+def test_other_threads_wait_at_one_go() -> None:
+    asked: list[float] = []
+    for timeout in (None, 7.0):
+        thread = threading.Thread(target=attentively, args=(asked.append, timeout))
+        thread.start()
+        thread.join()
+    assert asked == [threading.TIMEOUT_MAX, 7.0]
+
+
+def test_a_promise_is_a_future() -> None:
+    answer = LoadFailure("a", NotFound("gone"))
+    pending, kept, broken, gone = Promise(), Promise(), Promise(), Promise()
+    kept.set_result(answer)
+    broken.set_exception(FutureTimeout("the work itself says so"))
+    gone.cancel()
+    for future in (Future(), pending):
+        with pytest.raises(FutureTimeout):
+            future.result(0.01)
+        with pytest.raises(FutureTimeout):
+            future.exception(0.01)
+    assert kept.result() is answer
+    assert kept.exception() is None
+    assert str(broken.exception()) == "the work itself says so"
+    with pytest.raises(FutureTimeout, match="the work itself"):
+        broken.result()
+    for ask in (gone.result, gone.exception):
+        with pytest.raises(CancelledError):
+            ask()
+    threading.Timer(0.15, pending.set_result, (answer,)).start()
+    assert pending.result() is answer
