@@ -33,6 +33,7 @@ from ..config import NetworkConfig, verbosity, version
 
 if TYPE_CHECKING:
     from ..engine.loader import NetworkLoader
+    from ..storage.cache import CacheEntry
     from ..values import LoadResult
 
 __all__ = ["main"]
@@ -380,26 +381,39 @@ def _cache() -> Any:
 
 def _cache_ls(arguments: argparse.Namespace) -> None:
     """List what the disk cache holds, the last used first."""
-    rows = [
+    rendered = _cache_row if arguments.json else _cache_line
+    count = size = 0
+    lines: list[tuple[float, str]] = []  # rather than entries, which would take several times the memory
+    for entry in _cache():
+        count, size = count + 1, size + entry.size
+        lines.append((entry.last_accessed, rendered(entry)))
+    lines.sort(key=operator.itemgetter(0), reverse=True)
+    texts = (line for _, line in lines)
+    if arguments.json:
+        print("[" + ",".join(f"\n {text}" for text in texts) + "\n]" if lines else "[]")
+    else:
+        print("\n".join((*texts, f"{count} entries, {size:,} bytes")))
+
+
+def _cache_row(entry: CacheEntry) -> str:
+    span = entry.byte_range
+    return json.dumps(
         {
             "fragment": entry.fragment_id,
             "bytes": entry.size,
             "url": entry.url,
-            "range": None if entry.byte_range is None else [entry.byte_range.start, entry.byte_range.stop],
+            "range": None if span is None else [span.start, span.stop],
             "etag": entry.etag,
             "cached_at": entry.cached_at,
             "last_accessed": entry.last_accessed,
         }
-        for entry in _cache()
-    ]
-    rows.sort(key=operator.itemgetter("last_accessed"), reverse=True)
-    if arguments.json:
-        _show(rows)
-        return
-    for row in rows:
-        part = "" if row["range"] is None else f"[{row['range'][0]}:{row['range'][1]}]"
-        print(f"{row['bytes']:>13,}  {_printable(row['url'] or row['fragment'])}{part}")
-    print(f"{len(rows)} entries, {sum(row['bytes'] for row in rows):,} bytes")
+    )
+
+
+def _cache_line(entry: CacheEntry) -> str:
+    span = entry.byte_range
+    part = "" if span is None else f"[{span.start}:{span.stop}]"
+    return f"{entry.size:>13,}  {_printable(entry.url or entry.fragment_id)}{part}"
 
 
 def _cache_path(arguments: argparse.Namespace) -> None:

@@ -190,20 +190,15 @@ class FragmentCache:
 
     def __iter__(self) -> Iterator[CacheEntry]:
         """Every entry whose bytes are there; whether they have been cut or have rotted is for :meth:`verify` to say."""
-        there: set[str] = set()
-        if self._disk is not None:
-            with self._tolerant:
-                there = self._disk.blobs.names()
-        for name in self._names():
-            try:
-                entry = self._known(name, unseen=True)
-                if entry is not None and entry.digest not in there:
-                    entry = self._known(name)
-            except CacheError as error:
-                self._tolerant.warn(error)
-                continue
+        remembered = self._memory.names()
+        for name in remembered:
+            entry = self._entry(name)
             if entry is not None:
                 yield self._usage.applied(name, entry)
+        if self._disk is not None:
+            with self._tolerant:
+                for name, entry in self._disk.listed(remembered, self._tolerant.warn):
+                    yield self._usage.applied(name, entry)
 
     def needs_revalidation(self, key: str, etag: str | None = None) -> bool:
         """Whether the server must be asked before the bytes are used: not if ``etag``, its present one, is theirs."""
@@ -303,7 +298,7 @@ class FragmentCache:
         names = self._memory.names()
         if self._disk is not None:
             with self._tolerant:
-                names |= self._disk.entries.names()
+                names.update(self._disk.entries.names())
         return names
 
     def _entry(self, name: str, *, unseen: bool = False) -> CacheEntry | None:

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,20 @@ class DiskTier:
         if entry is None or unseen or self.blobs.has(_digest_in(entry), entry.size):
             return entry
         return None
+
+    def listed(self, but: Container[str], on_error: Callable[[CacheError], None]) -> Iterator[tuple[str, CacheEntry]]:
+        """Every entry whose bytes are there, by its name, ``but`` for some; ``on_error`` hears of what cannot be read.
+
+        What lies among the blobs is looked at once, and again for what is not among it: it may have come since."""
+        there = self.blobs.names()
+        for name in self.entries.names():
+            if name not in but:
+                try:
+                    entry = self.entries.read(name)
+                    if entry is not None and (entry.digest in there or self.blobs.has(_digest_in(entry), entry.size)):
+                        yield name, entry
+                except CacheError as error:
+                    on_error(error)
 
     def get(self, name: str, known: CacheEntry | None = None) -> Held | None:
         """The bytes, of the version that is ``known``, if that was read before."""
@@ -179,7 +193,7 @@ class DiskTier:
         """
         broken: dict[str, str] = {}
         sound: dict[tuple[str, int], bool] = {}
-        for name in self.entries.names():
+        for name in list(self.entries.names()):
             entry = self.entries.read(name)
             blob = (_digest_in(entry), entry.size) if entry is not None else ("", 0)
             if entry is not None and blob not in sound:
@@ -200,7 +214,7 @@ class DiskTier:
     def clear(self) -> None:
         with self._sweeping:
             self.blobs.sweep(_ORPHANED_AFTER)
-            for name in self.entries.names():
+            for name in list(self.entries.names()):
                 self.entries.remove(name)
             self._ledger.count()
             for digest in self._ledger.blobs():

@@ -186,8 +186,7 @@ class Usage:
 
     def applied(self, name: str, entry: CacheEntry) -> CacheEntry:
         """The entry with its latest uses."""
-        with self._lock:
-            uses = self._uses.get(name)
+        uses = self._uses.get(name)
         return entry.used(*uses) if uses else entry
 
     def latest(self, name: str, last: float, uses: int) -> tuple[float, int]:
@@ -224,11 +223,14 @@ class EntryFiles:
         """Whether there is a file of that name, be it an entry or not."""
         return os.access(f"{self._folder}/{name[:2]}/{name}.json", os.F_OK)
 
-    def names(self) -> set[str]:
-        """The names of all entries."""
+    def names(self) -> Iterator[str]:
+        """The names of all entries, folder by folder."""
         with translated("look for entries", self._blobs.root):
-            files = (item.name for folder in scan(self._folder) for item in scan(folder.path))
-            return {match[1] for name in files if (match := _NAME.fullmatch(name))}
+            for folder in scan(self._folder):
+                for item in scan(folder.path):
+                    match = _NAME.fullmatch(item.name)
+                    if match:
+                        yield match[1]
 
     def times(self) -> Iterator[tuple[str, float]]:
         """The name of every entry, and when it was last used."""
@@ -258,16 +260,16 @@ class EntryFiles:
 
     def read(self, name: str) -> CacheEntry | None:
         path = f"{self._folder}/{name[:2]}/{name}.json"
-        with self._reading:
-            try:
-                text, status = contents(path, _MOST_ENTRY_BYTES)
-                return _unpacked(text, status.st_mtime)
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            except _Garbled:
-                pass
-            except OSError as error:
-                if error.errno != errno.ELOOP:
+        try:
+            text, status = contents(path, _MOST_ENTRY_BYTES)
+            return _unpacked(text, status.st_mtime)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except _Garbled:
+            pass
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                with self._reading:
                     raise
         self._blobs.set_aside(Path(path))
         return None
@@ -326,7 +328,7 @@ _PLAIN_FIELDS: dict[str, frozenset[type]] = {
 }
 """What is stored as it is, and the types that it may have."""
 
-_values = operator.itemgetter(*_PLAIN_FIELDS)
+_values = operator.itemgetter(*_PLAIN_FIELDS, "schema", "byte_range", "freshness")
 _decoded = json.JSONDecoder().raw_decode
 
 
@@ -334,16 +336,6 @@ _decoded = json.JSONDecoder().raw_decode
 def _may_be(types: tuple[type, ...]) -> bool:
     """Whether the plain fields, in their order, may be of these types: there are but few combinations of them."""
     return all(map(operator.contains, _PLAIN_FIELDS.values(), types))
-
-
-def _is_sound(plain: Mapping[str, Any]) -> bool:
-    """Whether the plain fields of an entry, in their order, can be what they say."""
-    return (
-        _may_be(tuple(map(type, plain.values())))
-        and 0 <= plain["cached_at"] < math.inf
-        and min(plain["size"], plain["object_size"] or 0, plain["stamp"] or 0) >= 0
-        and _DIGEST.fullmatch(plain["digest"]) is not None
-    )
 
 
 def _packed(entry: CacheEntry) -> bytes:
@@ -366,26 +358,51 @@ def _sealed(data: dict[str, Any], uses: int = 0) -> bytes:
 
 
 def _unpacked(text: bytes, last_accessed: float) -> CacheEntry:
-    """The entry that :func:`_packed` wrote. Raises _Garbled for anything else."""
+    """The entry that :func:`_packed` wrote. Raises _Garbled for anything else.
+
+    It is made field by field: a cache of many entries is listed by little else.
+    """
     head = _USES.match(text)
     if head is None or head[2] != _check(memoryview(text)[head.end() :]):
         raise _Garbled
     try:
-        data, _ = _decoded(text.decode())
-        if data["schema"] != _SCHEMA:
+        *plain, schema, span, freshness = _values(_decoded(text.decode())[0])
+        fragment_id, size, digest, etag, modified, is_strong, url, whole, cached_at, stamp, variant = plain
+        if not (
+            schema == _SCHEMA
+            and _may_be(tuple(map(type, plain)))
+            and 0 <= cached_at < math.inf
+            and size >= 0
+            and (whole or 0) >= 0
+            and (stamp or 0) >= 0
+            and _DIGEST.fullmatch(digest)
+        ):
             raise _Garbled
-        plain = dict(zip(_PLAIN_FIELDS, _values(data), strict=True))
-        if not _is_sound(plain):
-            raise _Garbled
-        span = None if data["byte_range"] is None else RangeRequest(*data["byte_range"])
-        headers, asked, came = answer_in(data["freshness"])
+        byte_range = None if span is None else RangeRequest(*span)
+        headers, requested_at, received_at = answer_in(freshness)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CacheError) as error:
         raise _Garbled from error
-    plain["last_accessed"] = last_accessed
-    plain["access_count"] = int(head[1])
-    plain["byte_range"] = span
-    plain["headers"], plain["requested_at"], plain["received_at"] = kept(headers), asked, came
-    return _made(plain)
+    return _made(
+        {
+            "fragment_id": fragment_id,
+            "size": size,
+            "etag": etag,
+            "last_modified": modified,
+            "cached_at": cached_at,
+            "last_accessed": last_accessed,
+            "access_count": int(head[1]),
+            "digest": digest,
+            "url": url,
+            "byte_range": byte_range,
+            "object_size": whole,
+            "validator_is_strong": is_strong,
+            "headers": kept(headers),
+            "requested_at": requested_at,
+            "received_at": received_at,
+            "stamp": stamp,
+            "variant": variant,
+        }
+    )
 
 
 def _uses(count: int) -> bytes:
