@@ -8,7 +8,8 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, TimeoutError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -151,7 +152,12 @@ class Promise(Future[LoadResult]):
 
     def _stay(self, timeout: float | None) -> None:
         if not self.done():
-            attentively(lambda seconds: wait((self,), seconds).done, timeout)
+            attentively(self._is_over, timeout)
+
+    def _is_over(self, seconds: float) -> bool:
+        with suppress(CancelledError, TimeoutError):
+            super().exception(seconds)
+        return self.done()
 
     def cancel(self) -> bool:
         is_cancelled = super().cancel()

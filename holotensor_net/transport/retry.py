@@ -26,7 +26,6 @@ from ..errors import (
     StalledTransfer,
     Timeout,
 )
-from ..waits import attentively
 
 __all__ = ["HOSTS", "LONGEST_RETRY_AFTER", "Allowance", "Host", "Hosts", "Patience", "persist"]
 
@@ -84,7 +83,7 @@ class Patience:
 
     def sleep(self, seconds: float) -> None:
         """Wait; closing and the deadline end the wait early, and raise."""
-        attentively(self._closing.wait, self.remaining(seconds))
+        self._closing.wait(max(0.0, self.remaining(seconds)))
         self.check()
 
 
