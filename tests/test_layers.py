@@ -107,7 +107,7 @@ MONOPOLIES: dict[str, tuple[str, ...]] = {
 NAMES: dict[str, tuple[str, ...]] = {
     "concurrent.futures.ThreadPoolExecutor": ("engine/fetcher",),
     "builtins.print": ("interfaces/cli", "origin"),
-    "time.sleep": ("interfaces/", "origin"),  # every other wait can be interrupted
+    "time.sleep": ("interfaces/", "origin", "waits"),  # every other wait can be interrupted
     "functools.cached_property": (),  # before Python 3.12 it has a lock that a fork can leave held for ever (seen)
 }
 

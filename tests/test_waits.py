@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import threading
 import time
@@ -19,9 +20,8 @@ from holotensor_net.engine.loads import Promise
 from holotensor_net.engine.scheduler import Scheduler
 from holotensor_net.engine.streaming import StreamingLoader
 from holotensor_net.errors import NotFound
-from holotensor_net.transport.retry import Patience
 from holotensor_net.values import LoadFailure, LoadRequest
-from holotensor_net.waits import attentively
+from holotensor_net.waits import Latch, attentively
 
 LONG = 20.0
 SOON = 2.0  # for a busy machine
@@ -63,13 +63,7 @@ def finds_no_room(loader: NetworkLoader) -> None:
         scheduler.enqueue(REQUEST, timeout=LONG)
 
 
-def sleeps_before_another_try(loader: NetworkLoader) -> None:
-    Patience().sleep(LONG)
-
-
-WAITS: list[Callable[[NetworkLoader], None]] = [
-    *(loads, takes, asks_result, asks_exception, finds_no_room, sleeps_before_another_try)
-]
+WAITS: list[Callable[[NetworkLoader], None]] = [*(loads, takes, asks_result, asks_exception, finds_no_room)]
 
 
 @pytest.mark.parametrize("waits", WAITS, ids=lambda function: function.__name__)
@@ -128,3 +122,88 @@ def test_a_promise_is_a_future() -> None:
             ask()
     threading.Timer(0.15, pending.set_result, (answer,)).start()
     assert pending.result() is answer
+    stopped = Promise()
+    threading.Timer(0.15, stopped.cancel).start()
+    with pytest.raises(CancelledError):
+        stopped.result()
+
+
+def test_a_latch_lets_one_thread_in_at_a_time() -> None:
+    latch, inside, most, rounds = Latch(), 0, 0, 2000
+
+    def work() -> None:
+        nonlocal inside, most
+        for number in range(rounds):
+            with latch:
+                inside += 1
+                most = max(most, inside)
+                if number % 200 == 0:
+                    time.sleep(1e-4)  # lets the others run into it
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (inside, most) == (0, 1)
+
+
+def test_a_condition_stands_on_a_latch() -> None:
+    changed = threading.Condition(Latch())  # type: ignore[arg-type]
+    given: list[int] = []
+    taken: list[int] = []
+
+    def take() -> None:
+        with changed:
+            while not given:
+                changed.wait(LONG)
+            taken.append(given.pop())
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(4):
+        with changed:
+            given.append(number)
+            changed.notify()
+    for thread in threads:
+        thread.join(LONG)
+    assert sorted(taken) == [0, 1, 2, 3]
+    with pytest.raises(RuntimeError):
+        changed.notify()
+
+
+def test_an_interrupt_leaves_a_latch_free() -> None:
+    """Wherever it comes, in a loop that does nothing but take the latch."""
+    latch = Latch()
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(300):
+            take_until_interrupted(latch)
+            assert is_free(latch)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def take_until_interrupted(latch: Latch) -> None:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 1e-3))
+        while True:
+            with latch:
+                pass
+    except KeyboardInterrupt:
+        pass
+
+
+def is_free(latch: Latch) -> bool:
+    """Whether another thread gets it, and gives it up."""
+
+    def take() -> None:
+        with latch:
+            pass
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    thread.join(SOON)
+    return not thread.is_alive()

@@ -7,7 +7,6 @@ object, and is handed over once all of it is there and proves right.
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import dataclass, replace
 
 from ..config import NetworkConfig
@@ -17,6 +16,7 @@ from ..transport.client import Answer, Write
 from ..transport.digests import check_digests
 from ..transport.guards import check_checksum
 from ..values import HeadInfo, LoadRequest, RangeRequest
+from ..waits import Latch
 from .loads import Attempt, Load, Share, Whole
 from .recovery import Gone, is_failing
 from .request_cache import Destination, Proven, RequestCache, contradicts
@@ -49,7 +49,7 @@ class Assembly:
     """Makes wholes of pieces. ``lock``, the fetcher's, guards the loads; nothing is read or written under it."""
 
     def __init__(
-        self, config: NetworkConfig, scheduler: Scheduler, cache: RequestCache, turns: Turns, lock: threading.Lock
+        self, config: NetworkConfig, scheduler: Scheduler, cache: RequestCache, turns: Turns, lock: Latch
     ) -> None:
         self._config = config
         self._scheduler = scheduler

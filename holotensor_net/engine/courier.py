@@ -35,6 +35,7 @@ from ..transport.guards import check_checksum
 from ..transport.retry import LONGEST_RETRY_AFTER, Patience
 from ..transport.sockets import Interrupt
 from ..values import HeadInfo, LoadRequest, Priority, RangeRequest
+from ..waits import Latch
 from .alarms import Alarms
 from .assembly import Assembly
 from .hedging import Hedging, Versions
@@ -71,7 +72,7 @@ class Courier:
         assembly: Assembly,
         recovery: Recovery,
         alarms: Alarms,
-        lock: threading.Lock,
+        lock: Latch,
         *,
         closing: threading.Event,
         submit: Callable[..., Any],
@@ -85,7 +86,7 @@ class Courier:
         self._recovery = recovery
         self._alarms = alarms
         self._lock = lock
-        self._changed = threading.Condition(lock)  # routes changed
+        self._changed = threading.Condition(lock)  # type: ignore[arg-type]  # routes changed
         self._closing = closing
         self._submit = submit
         self._on_bytes = on_bytes

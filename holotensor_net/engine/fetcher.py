@@ -20,6 +20,7 @@ from ..config import NetworkConfig
 from ..errors import Cancelled, DeadlineExceeded, NetworkError
 from ..transport.client import Answer
 from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority
+from ..waits import Latch
 from .alarms import Alarms
 from .assembly import Assembly
 from .courier import Courier
@@ -74,7 +75,7 @@ class Fetcher:
         self._closing = threading.Event()
         rangeless = {index for index, endpoint in enumerate(config.endpoints) if not endpoint.supports_range}
         self._recovery = Recovery(len(config.endpoints), rangeless)
-        self._lock = threading.Lock()
+        self._lock = Latch()
         self._books = Books()
         self._alarms = Alarms("holotensor-alarms", clock=clock)
         self._turns = Turns(
@@ -417,11 +418,14 @@ class Fetcher:
 
     def _resumes(self, piece: Piece) -> bool:
         """Whether the piece stood for a load that may go on where another was cut off: what is left of it is queued."""
-        fragment = piece.parts[0].fragment
-        if not isinstance(fragment, Fragment) or not fragment.load.may_resume:
+        part = piece.parts[0]
+        if not isinstance(part.fragment, Fragment) or not part.fragment.load.may_resume:
             return False
-        load = fragment.load
-        load.may_resume = False
+        load = part.fragment.load
+        with self._lock:
+            if not load.may_resume or part.is_stale:  # that is another worker's, which has the piece that is not
+                return False
+            load.may_resume = False
         try:
             self._go_on(load, self._cache.resume(load.request))
         except Exception as error:

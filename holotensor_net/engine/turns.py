@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..values import Priority
+from ..waits import Latch
 from .loads import Load, Turn
 from .request_cache import RequestCache
 from .scheduler import Scheduler
@@ -56,7 +56,7 @@ class Turns:
         self,
         cache: RequestCache,
         scheduler: Scheduler,
-        lock: threading.Lock,
+        lock: Latch,
         *,
         seconds: float,
         rate: float,
@@ -116,6 +116,8 @@ class Turns:
             turn.pause = min(_GROWTH * turn.pause, _LONGEST_PAUSE)
             return turn.pause
         with self._lock:
+            if not turn.is_waiting:  # several workers had pieces of it, and each looks again
+                return None
             turn.is_waiting, turn.is_late = False, is_late
             # Whoever was at it may have been cut off.
             load.may_resume = load.held is None and not load.whole

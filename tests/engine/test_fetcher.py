@@ -2177,10 +2177,14 @@ def test_no_lock_is_held_while_what_was_given_up_is_deleted(
     discard = MemoryPart.discard
 
     def watched(part: MemoryPart) -> None:
-        is_free = it.fetcher._lock.acquire(timeout=0.5)
-        held.put(not is_free)
-        if is_free:
-            it.fetcher._lock.release()
+        def look_in() -> None:
+            with it.fetcher._lock:
+                pass
+
+        look = threading.Thread(target=look_in)
+        look.start()
+        look.join(0.5)
+        held.put(look.is_alive())
         discard(part)
 
     monkeypatch.setattr(MemoryPart, "discard", watched)

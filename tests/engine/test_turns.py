@@ -199,6 +199,54 @@ def test_pieces_of_one_that_is_waited_for_stay_away(scene: Callable[..., Scene],
     assert here.loader.stats().bytes_fetched == len(data)
 
 
+def test_two_that_look_again_at_once_queue_it_once(
+    scene: Callable[..., Scene], data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = scene()
+    claim = here.claim(WAYS["whole"])
+    future = here.enqueue(WAYS["whole"])
+    fetcher, claims = here.loader._fetcher, here.loader._requests.claims
+    assert claims is not None
+    (load,) = fetcher._books.all()
+    is_free, restart, restarted = claims.is_free, fetcher._scheduler.restart, []
+
+    def meets_another(name: str, number: int) -> bool:
+        if not is_free(name, number):
+            return False
+        monkeypatch.setattr(claims, "is_free", is_free)
+        fetcher._turns.wake(load)
+        return True
+
+    monkeypatch.setattr(claims, "is_free", meets_another)
+    monkeypatch.setattr(
+        fetcher._scheduler, "restart", lambda *of, **how: (restarted.append(how.get("whole")), restart(*of, **how))[1]
+    )
+    here.other.release(*claim)
+    assert future.result(LIMIT).data == data
+    assert restarted.count(True) == 1
+
+
+def test_who_has_a_stale_piece_resumes_nothing(scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch) -> None:
+    here = scene(chunk_size=1 << 18)
+    fetcher, scheduler = here.loader._fetcher, here.loader.scheduler
+    monkeypatch.setattr(fetcher, "_spawn", lambda: None)  # the test is the worker
+    here.loader.enqueue(WAYS["long range"])
+    (load,) = fetcher._books.all()
+    load.may_resume = False
+    stale = scheduler.next(0)
+    assert stale is not None
+    scheduler.withdraw(load.fragment)
+    load.may_resume = True
+    scheduler.restart(load.fragment, whole=True)
+    assert not fetcher._resumes(stale)
+    assert load.may_resume
+    fresh = scheduler.next(0)
+    assert fresh is not None
+    assert fetcher._resumes(fresh)
+    assert not load.may_resume
+    scheduler.release(stale)
+
+
 def test_neighbours_of_one_that_is_waited_for_come_at_once(scene: Callable[..., Scene], data: bytes) -> None:
     here = scene()
     spans = [RangeRequest(1000 * number, 1000 * number + 1000) for number in range(9)]
