@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass, replace
 
 from ..config import NetworkConfig
-from ..errors import ChecksumMismatch, HttpError, ObjectChanged
+from ..errors import ChecksumMismatch, HttpError, NetworkError, ObjectChanged
 from ..storage.memory import MemoryPart
 from ..transport.client import Answer, Write
 from ..transport.digests import check_digests
@@ -219,9 +219,12 @@ class Assembly:
         return Proven(request, head, wanted, destination, data, attempt.asked_at)
 
     def kept(self, proven: list[Proven], endpoint: int) -> list[Whole]:
-        """Publish what proved right; whatever becomes of that, it is delivered."""
+        """Publish what proved right; whatever becomes of that, it is delivered, unless the disk has lost it on the way.
+        Raises NetworkError for that."""
         try:
             views = self._cache.keep(proven, endpoint)
+        except NetworkError:
+            raise
         except Exception:
             _log.exception("keeping what came failed")
             views = [each.data for each in proven]

@@ -166,7 +166,8 @@ class FragmentCache:
     def adopt(self, key: str, part: PartFile, entry: CacheEntry) -> memoryview:
         """Publish a part file that is complete; gives a read-only view of it. The caller answers for ``entry.digest``.
 
-        A disk that fails is logged, and the view holds all the same. Raises CacheError if the sizes differ.
+        A disk that fails is logged, and the view holds all the same: where bytes could not be flushed, it is of a copy
+        in memory. Raises ChecksumMismatch if some are lost by then, CacheError if the sizes differ.
         """
         with part:
             if part.size != entry.size:
@@ -328,12 +329,14 @@ class FragmentCache:
         entry = entry.stored(now)
         if not entry.is_storable:
             self.remove(key)
-            return view
+            return _lasting(view, data, entry)
         self._usage.forget(name)
         held = Held(entry, view)
         if self._disk is not None and entry.size <= self.config.max_size:
             with self._tolerant:
                 held = self._disk.adopt(name, data, entry)
+        if held.view is view:
+            held.view = _lasting(view, data, entry)
         self._memory.put(name, held)
         return held.view[:]
 
@@ -458,6 +461,13 @@ class _MemoryTier:
     def names(self) -> set[str]:
         with self._lock:
             return set(self._held)
+
+
+def _lasting(view: memoryview, data: PartFile | memoryview, entry: CacheEntry) -> memoryview:
+    """The view, unless it is of a file that the disk may have lost bytes of."""
+    if isinstance(data, PartFile) and data.is_doubtful:
+        return data.rescued(entry.digest or "")
+    return view
 
 
 def _forget(memory: _MemoryTier, usage: Usage, names: Iterable[str]) -> None:

@@ -164,11 +164,6 @@ class Freshness:
         return is_storable(self.headers)
 
     @property
-    def is_immutable(self) -> bool:
-        """Whether even a reload need not ask while it is fresh (RFC 8246)."""
-        return "immutable" in self.control
-
-    @property
     def forbids_stale(self) -> bool:
         """Whether the origin wants to be asked, come what may (RFC 9111 §4.2.4)."""
         return any(name in self.control for name in ("no-store", "no-cache", "must-revalidate"))

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CacheError
+from ..errors import CacheError, ChecksumMismatch
 from .files import Buffer, disown, flat, hold, is_in_memory, private_name, subject_of, token_of, translated
 from .journal import TAIL, Journal, believed, blocks
+from .memory import MemoryPart
 from .prefix import Prefix
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class PartFile:
         self._turn = threading.Lock()
         self._prefix = Prefix()
         self._journal: Journal | None = None
-        self._unsynced = 0  # the number of the error
+        self._lost = 0  # the number of the error that a flush gave
         self._abandon = weakref.finalize(self, _abandon, fd, path, os.getpid())
         hold(fd)
 
@@ -141,12 +142,34 @@ class PartFile:
                     with self._using(writing=True) as fd:  # not while it is published
                         journal.secure(fd, mark, self._sync)
 
-    def _sync(self, fd: int) -> None:
+    def _sync(self, fd: int, *, whole: bool = False) -> None:
         try:
-            getattr(os, "fdatasync", os.fsync)(fd)
+            (os.fsync if whole else getattr(os, "fdatasync", os.fsync))(fd)
         except OSError as error:
-            self._unsynced = error.errno or errno.EIO  # the system tells of bytes that it has lost once only
+            self._lost = error.errno or errno.EIO  # the system tells of bytes that it has lost once only
             raise
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the disk has failed to take bytes: they are right until the system lets go of its copy, and others
+        from then on, in every view of the file."""
+        return self._lost != 0
+
+    def rescued(self, digest: str) -> memoryview:
+        """All bytes, read-only and in memory. Raises ChecksumMismatch if some are lost already."""
+        with self._using() as fd:
+            copy = MemoryPart(self._size(fd))
+            try:
+                length = 0
+                for block in blocks(fd, 0, self._size(fd)):
+                    copy.write(length, block)
+                    length += len(block)
+                actual = copy.digest()
+            except OSError as error:
+                actual = str(error)
+        if actual != digest:
+            raise ChecksumMismatch(digest, actual, "the disk has lost bytes of what it was to keep: fetch them again")
+        return copy.view()
 
     def digest(self) -> str:
         """The BLAKE3 digest of all bytes; those that were settled have been hashed already. Nothing may be written."""
@@ -195,9 +218,9 @@ class PartFile:
             past = time.time_ns() - _BACKDATED
             os.utime(self.path, ns=(past, past))
             if durable:
-                if self._unsynced:
-                    raise OSError(self._unsynced, os.strerror(self._unsynced))
-                os.fsync(fd)
+                if self._lost:
+                    raise OSError(self._lost, os.strerror(self._lost))
+                self._sync(fd, whole=True)
             os.replace(self.path, target)
             yield fd
         self.discard()

@@ -27,9 +27,9 @@ import pytest
 from blake3 import blake3
 
 from holotensor_net.config import CacheConfig
-from holotensor_net.errors import CacheError, InsufficientDisk
+from holotensor_net.errors import CacheError, ChecksumMismatch, InsufficientDisk
 from holotensor_net.storage import cache as room
-from holotensor_net.storage import disk, entries
+from holotensor_net.storage import disk, entries, journal
 from holotensor_net.storage import files as owners
 from holotensor_net.storage.blobs import BlobStore
 from holotensor_net.storage.cache import CacheEntry, CacheStats, FragmentCache
@@ -589,6 +589,56 @@ class TestDiskTier:
         digest = blake3(b"abc").hexdigest()
         assert cache.adopt("a", part, CacheEntry("a", 3, digest=digest)) == b"abc"
         assert cache.get("a") == b"abc"
+
+    @pytest.mark.parametrize("call", ["fsync", "fdatasync"])
+    @pytest.mark.parametrize("headers", [FRESH, {"cache-control": "no-store"}])
+    def test_what_could_not_be_flushed_is_held_in_memory(
+        self, open_cache: Open, monkeypatch: pytest.MonkeyPatch, call: str, headers: dict[str, str]
+    ) -> None:
+        """The system may let go of it, and give what lies on the disk: here, zeros."""
+        cache, data = open_cache(memory_size=4 * LARGE), payload("a", 3 * LARGE)
+        other: list[int] = []
+
+        def fail(fd: int) -> None:
+            other.append(os.dup(fd))
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(journal, "SYNC_EVERY", LARGE)
+        part = cache.create(len(data), key="a", note={"what": "this"})
+        assert part is not None
+        with monkeypatch.context() as broken:
+            broken.setattr(os, call, fail)
+            part.write(0, data)
+            part.settle(0, 2 * LARGE)
+            part.settle(2 * LARGE, len(data))
+            view = cache.adopt("a", part, CacheEntry("a", len(data), headers=headers))
+        is_flushed = call == "fsync" and headers is not FRESH  # what may not be stored is not
+        assert (other == []) == is_flushed
+        for fd in other:
+            os.pwrite(fd, bytes(len(data)), 0)
+            os.close(fd)
+        assert view == data
+        assert cache.get("a") == (data if headers is FRESH else None)
+        assert open_cache().get("a") is None
+
+    def test_what_the_disk_has_lost_is_not_handed_out(
+        self, open_cache: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        cache, data = open_cache(memory_size=4 * LARGE), payload("a", 3 * LARGE)
+
+        def lose(fd: int) -> None:
+            os.pwrite(fd, bytes(4096), LARGE)
+            raise OSError(errno.EIO, "Input/output error")
+
+        part = cache.create(len(data))
+        assert part is not None
+        part.write(0, data)
+        part.settle(0, len(data))
+        monkeypatch.setattr(os, "fsync", lose)
+        with pytest.raises(ChecksumMismatch, match="the disk has lost"):
+            cache.adopt("a", part, CacheEntry("a", len(data)))
+        assert cache.get("a") is None
+        assert of("partial", tmp_path / "cache") == []
 
     def test_part_of_another_size_is_not_adopted(self, open_cache: Open, tmp_path: Path) -> None:
         cache = open_cache()

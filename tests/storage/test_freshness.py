@@ -239,10 +239,6 @@ class TestState:
     def test_is_fresh_only_within_the_lifetime(self, control: str | None, seconds: float, state: State) -> None:
         assert answer(control).state(NOW + seconds) is state
 
-    def test_immutable_is_told(self) -> None:
-        assert answer("max-age=1, Immutable").is_immutable
-        assert not answer("max-age=1").is_immutable
-
     @pytest.mark.parametrize(
         ("control", "seconds", "may"),
         [
