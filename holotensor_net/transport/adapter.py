@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import http.client
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import requests
@@ -33,16 +33,20 @@ _MOST_WAYS = 8
 
 
 class Request:
-    """What is asked: the ``method``, the ``url`` as requests writes it, and all ``headers`` of ours.
+    """What is asked: the ``method``, the ``url`` as requests writes it, the ``headers`` that we send with everything,
+    and the ``conditions`` of this request.
 
     Raises what requests does for a URL that is none.
     """
 
-    def __init__(self, method: str, url: str, headers: Mapping[str, str]) -> None:
+    __slots__ = ("_template", "conditions", "headers", "method", "url")
+
+    def __init__(self, method: str, url: str, headers: Mapping[str, str], conditions: Mapping[str, str]) -> None:
         self._template = template = _template(method, url)
         self.method = method
         self.url: str = template.url or ""
         self.headers = headers
+        self.conditions = conditions
         if template.headers:  # the credentials that its URL may hold
             own = requests.structures.CaseInsensitiveDict(headers)
             own.update(template.headers)
@@ -52,7 +56,7 @@ class Request:
         """The same for requests."""
         request = requests.PreparedRequest()
         request.method, request.url, request.hooks = self.method, self.url, self._template.hooks
-        request.headers = requests.structures.CaseInsensitiveDict(self.headers)
+        request.headers = requests.structures.CaseInsensitiveDict({**self.headers, **self.conditions})
         return request
 
 
@@ -82,6 +86,10 @@ class Reply:
     def has_excess(self) -> bool:
         """Whether more was sent than belongs to the body, which has been read to its end."""
         return self._answer is not None and self._answer.has_excess
+
+    def read_ahead(self) -> bytes | None:
+        """All of a short plain body, if it is here already; else None, and nothing is read."""
+        return None
 
     def read1(self, most: int) -> bytes:
         """What comes next of the body, ``most`` bytes at most; none at the end."""
@@ -128,6 +136,9 @@ class _BareReply(Reply):
         self._pool = pool
         self._answer: Answer = answer
 
+    def read_ahead(self) -> bytes | None:
+        return self._answer.read_ahead()
+
     def read1(self, most: int) -> bytes:
         try:
             return self._answer.read1(most)
@@ -170,7 +181,7 @@ class Adapter(HTTPAdapter):
         if pool is None or request.method != "GET" or log.isEnabledFor(logging.DEBUG):
             return None
         try:
-            answer = pool.again(_target(request.url), request.headers)
+            answer = pool.again(_target(request.url), request.headers, request.conditions)
         except TimeoutError as error:
             raise requests.ReadTimeout(error, request=request.prepared()) from error
         except BaseSSLError as error:
@@ -195,24 +206,27 @@ def ask(
     session: requests.Session,
     request: Request,
     *,
-    timeout: tuple[float, float],
+    timeout: Callable[[], tuple[float, float]],
     verify: bool | str,
     proxies: Mapping[str, str],
 ) -> Reply:
-    """The answer to a request, whose body has not been read; redirects are not followed. Raises what requests does."""
+    """The answer to a request, whose body has not been read; redirects are not followed. Raises what requests does.
+
+    ``timeout``: seconds to connect, and for each wait for bytes.
+    """
     adapter = session.get_adapter(request.url)
     # Who replaces one of these, as those do that answer in a test, is asked again.
     way = (
         _origin(request.url),
         verify,
-        tuple(sorted(proxies.items())),
+        tuple(sorted(proxies.items())) if proxies else (),
         HTTPAdapter.send,
         urllib3.HTTPConnectionPool.urlopen,
     )
     reply = adapter.again(way, request) if isinstance(adapter, Adapter) else None
     if reply is not None:
         return reply
-    response = adapter.send(request.prepared(), stream=True, timeout=timeout, verify=verify, proxies=dict(proxies))
+    response = adapter.send(request.prepared(), stream=True, timeout=timeout(), verify=verify, proxies=dict(proxies))
     if isinstance(adapter, Adapter):
         adapter.learn(way, response)
     return Reply(response)

@@ -17,8 +17,8 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -49,6 +49,8 @@ from .transfer import Answer, Ask, OpenSink, Transfer, Write
 from .translation import translated
 
 __all__ = ["Answer", "Ask", "HttpClient", "OpenSink", "Write"]
+
+T = TypeVar("T")
 
 _BLOCK = 256 * 1024
 _GATHERED = 512 * 1024
@@ -84,8 +86,7 @@ _TRAVELS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Pace:
+class _Pace(NamedTuple):
     """How fast a transfer may go: what is called before each request and after each block, which may wait, and how
     many bytes a block may have."""
 
@@ -114,6 +115,7 @@ class HttpClient:
         self._clock = clock
         self._wall = wall
         self._url_of = functools.lru_cache(256)(self.endpoint.url_of)
+        self._own: tuple[str | None, dict[str, str]] | None = None  # headers of every request, and what they were for
         self._reset(closed=False)
 
     def _reset(self, *, closed: bool) -> None:
@@ -173,9 +175,12 @@ class HttpClient:
         answer = self.transfer(Ask(path), open_sink, compressed=self.config.compression)
         assert answer.byte_range is not None
         del body[answer.byte_range.stop :]
-        with self._told_where(path, None):
+        try:
             data = _decoded(bytes(body), answer.head.headers.get("content-encoding", "identity"), most)
             check_digests(data, answer.unproved)
+        except NetworkError as error:
+            self._tell_where(error, path, None)
+            raise
         return data
 
     def fetch_range(self, path: str, byte_range: RangeRequest | tuple[int, int]) -> bytes:
@@ -205,16 +210,21 @@ class HttpClient:
         patience, allowance = patience or self._patience(), Allowance(self._host)
         headers = {"Accept-Encoding": "identity"}
 
+        def told(reply: Reply, said: Mapping[str, str]) -> HeadInfo:
+            if reply.status != 200:
+                raise guards.error_of_status(reply.status, said, self._wall())
+            guards.check_encoding(said)
+            return guards.head_info(said, guards.content_length(said), ranges=False)
+
         def ask() -> HeadInfo:
             begin = functools.partial(self._begin, on_request, patience)
-            with self._answer("HEAD", path, headers, patience, on_request=begin) as (reply, said):
-                if reply.status != 200:
-                    raise guards.error_of_status(reply.status, said, self._wall())
-                guards.check_encoding(said)
-                return guards.head_info(said, guards.content_length(said), ranges=False)
+            return self._answered("HEAD", path, headers, patience, begin, told)
 
-        with self._told_where(path, None):
+        try:
             result = persist(ask, self.config.retry, patience, may_retry=allowance.pays)
+        except NetworkError as error:
+            self._tell_where(error, path, None)
+            raise
         allowance.give_back()
         return result
 
@@ -252,7 +262,6 @@ class HttpClient:
 
         def attempt() -> None:
             for _ in range(_MOST_CONTINUATIONS):
-                patience.check()
                 self._ask_once(state, open_sink, patience, pace, compressed)
                 if state.done:
                     return
@@ -262,16 +271,20 @@ class HttpClient:
                     )
             raise ProtocolError("the server keeps sending less than it was asked for")
 
-        with self._told_where(ask.path, wanted), self._sockets.interruptible(interrupt, window):
+        try:
             if wanted is not None and not wanted.length:
                 raise ConfigurationError("HTTP cannot ask for an empty range: ask for one byte or more")
-            persist(
-                attempt,
-                self.config.retry,
-                patience,
-                may_retry=lambda error: may_retry(error) and allowance.pays(error),
-                on_retry=on_retry,
-            )
+            with self._sockets.interruptible(interrupt, window):
+                persist(
+                    attempt,
+                    self.config.retry,
+                    patience,
+                    may_retry=lambda error: may_retry(error) and allowance.pays(error),
+                    on_retry=on_retry,
+                )
+        except NetworkError as error:
+            self._tell_where(error, ask.path, wanted)
+            raise
         allowance.give_back()
         assert state.head is not None
         delivered = None if state.not_modified else RangeRequest(state.start, state.position)
@@ -291,10 +304,7 @@ class HttpClient:
             self._begin(pace.on_request, patience)
             state.count()
 
-        state.resume()
-        headers = state.conditions()
-        headers["Accept-Encoding"] = "gzip" if compressed else "identity"
-        with self._answer("GET", state.ask.path, headers, patience, on_request=begin) as (reply, said):
+        def take(reply: Reply, said: Mapping[str, str]) -> None:
             length = state.judge(reply.status, said, self._wall(), compressed=compressed)
             if state.done:
                 return
@@ -307,8 +317,32 @@ class HttpClient:
             state.expect(said, length)
             self._move(reply, state, length, patience, pace)
 
+        state.resume()
+        conditions = state.conditions()
+        conditions["Accept-Encoding"] = "gzip" if compressed else "identity"
+        self._answered("GET", state.ask.path, conditions, patience, begin, take)
+
     def _move(self, reply: Reply, state: Transfer, length: int | None, patience: Patience, pace: _Pace) -> None:
         """Write the body to its place; its end is what was announced, no byte more or less."""
+        block = reply.read_ahead() if length and length <= pace.stride() else None
+        if block is None:
+            left = self._gathered(reply, state, length, patience, pace)
+        else:
+            left = 0
+            state.advance(memoryview(block))
+            pace.on_bytes(len(block))
+            patience.check()
+        if left:
+            patience.check()
+            raise ConnectionFailed("the connection was cut in the middle of the body", established=True)
+        if (not reply.is_over and reply.read1(1)) or reply.has_excess:
+            raise ProtocolError("the server sent more than it announced")
+        state.end(is_all=left is None)
+
+    def _gathered(
+        self, reply: Reply, state: Transfer, length: int | None, patience: Patience, pace: _Pace
+    ) -> int | None:
+        """Read the body to where it belongs, as ``_moved`` does."""
         with Pipe(state.take) as pipe:
             try:
                 left = self._moved(reply, state, length, patience, pace, pipe)
@@ -317,12 +351,7 @@ class HttpClient:
                     self._flush(state, pipe)
                 raise
             self._flush(state, pipe)
-        if left:
-            patience.check()
-            raise ConnectionFailed("the connection was cut in the middle of the body", established=True)
-        if reply.read1(1) or reply.has_excess:
-            raise ProtocolError("the server sent more than it announced")
-        state.end(is_all=left is None)
+        return left
 
     def _moved(
         self, reply: Reply, state: Transfer, length: int | None, patience: Patience, pace: _Pace, pipe: Pipe
@@ -395,29 +424,31 @@ class HttpClient:
 
     # -- connections, redirects, credentials
 
-    @contextlib.contextmanager
-    def _answer(
+    def _answered(
         self,
         method: str,
         path: str,
-        headers: Mapping[str, str],
+        conditions: Mapping[str, str],
         patience: Patience,
-        *,
-        on_request: Callable[[], object] = lambda: None,
-    ) -> Iterator[tuple[Reply, dict[str, str]]]:
-        """The answer to one request, after redirects, and its headers, names in lower case; its connection is reused
-        only if the body was read to its end."""
+        on_request: Callable[[], object],
+        take: Callable[[Reply, Mapping[str, str]], T],
+    ) -> T:
+        """What ``take`` gives for the answer to one request, after redirects, and its headers, names in lower case; its
+        connection is reused only if the body was read to its end."""
         url = self._url_of(path)
         self._check(patience)
         self._await_turn(patience)
         try:
-            reply, linked = self._admitted(method, url, headers, patience, on_request)
+            reply, linked = self._admitted(method, url, conditions, patience, on_request)
             with translated():
                 try:
                     said = reply.headers
                     said.pop(LINKED, None)  # of whoever answered in the end
-                    yield reply, said | ({LINKED: linked} if linked else {})
+                    if linked:
+                        said[LINKED] = linked
+                    taken = take(reply, said)
                     self._drain(reply, patience)
+                    return taken
                 except HttpError as error:
                     if isinstance(error, RateLimited):
                         self._host_at(reply.url, url).silence(error, self._clock())
@@ -438,6 +469,8 @@ class HttpClient:
         slots = self._slots
         while True:
             self._keep_silence(patience)
+            if slots.acquire(blocking=False):
+                return
             until = self._clock() + patience.remaining(self.config.timeout)
             while not slots.acquire(timeout=max(0.0, min(until - self._clock(), _LOOK))):
                 self._check(patience)
@@ -474,27 +507,27 @@ class HttpClient:
     def _host_at(self, url: str, asked: str) -> Host:
         """Who answers there: our own host, which was ``asked``, or one that it sent us to."""
         origin = _origin_of(url)
-        return self._host if origin == _origin_of(_request("GET", asked, {}).url) else HOSTS.of(origin)
+        return self._host if origin == _origin_of(Request("GET", asked, {}, {}).url) else HOSTS.of(origin)
 
     def _admitted(
         self,
         method: str,
         url: str,
-        headers: Mapping[str, str],
+        conditions: Mapping[str, str],
         patience: Patience,
         on_request: Callable[[], object],
     ) -> tuple[Reply, str | None]:
         """As ``_follow``; what was refused is asked for once more with what may be fresh: the token that a function
         gives, after a 401, or the signed address that a redirect leads to. A token that was refused is not sent again.
         """
-        own = self._own_headers(headers)
+        own = self._own_headers()
         with translated():
-            reply, linked = self._follow(method, url, own, patience, on_request)
+            reply, linked = self._follow(method, url, own, conditions, patience, on_request)
         if reply.status not in _REFUSED:
             return reply, linked
         try:
-            is_redirected = reply.url != _request(method, url, own).url
-            fresh = self._own_headers(headers) if reply.status == 401 or is_redirected else own
+            is_redirected = reply.url != Request(method, url, own, conditions).url
+            fresh = self._own_headers() if reply.status == 401 or is_redirected else own
             if fresh == own and not is_redirected:
                 return reply, linked
             self._drain(reply, patience)
@@ -504,13 +537,14 @@ class HttpClient:
         self._check(patience)
         with translated():
             reply.close()
-            return self._follow(method, url, fresh, patience, on_request)
+            return self._follow(method, url, fresh, conditions, patience, on_request)
 
     def _follow(
         self,
         method: str,
         url: str,
         own: Mapping[str, str],
+        conditions: Mapping[str, str],
         patience: Patience,
         on_request: Callable[[], object],
     ) -> tuple[Reply, str | None]:
@@ -522,7 +556,8 @@ class HttpClient:
         session = self._session()
         timeout = self.config.timeout
         headed_by = self._clock() + self.config.connect_timeout + timeout
-        request = _request(method, url, own)
+        _check_sendable(conditions)
+        request = Request(method, url, own, conditions)
         home, linked = _origin_of(request.url), None
         for _ in range(self.config.max_redirects + 1):
             url = request.url
@@ -536,7 +571,7 @@ class HttpClient:
             reply = ask(
                 session,
                 request,
-                timeout=(
+                timeout=lambda: (
                     max(0.001, patience.remaining(self.config.connect_timeout)),
                     max(0.001, patience.remaining(timeout)),
                 ),
@@ -556,7 +591,7 @@ class HttpClient:
                 reply.close()
             if _origin_of(target) != home:
                 own = {name: value for name, value in own.items() if name.lower() in _TRAVELS}
-            request = _request(method, target, own)
+            request = Request(method, target, own, conditions)
             self._check(patience)
         raise HttpError(reply.status, f"more than {self.config.max_redirects} redirects")
 
@@ -584,11 +619,16 @@ class HttpClient:
             self._local.session = session
         return session
 
-    def _own_headers(self, headers: Mapping[str, str]) -> dict[str, str]:
-        own = {**self.endpoint.headers, "User-Agent": self.config.user_agent, "Accept": "*/*", **headers}
-        authorization = self._authorization()
+    def _own_headers(self) -> dict[str, str]:
+        """Those of every request, with the credential that is given now. Not to be changed."""
+        authorization, known = self._authorization(), self._own
+        if known is not None and known[0] == authorization:
+            return known[1]
+        own = {**self.endpoint.headers, "User-Agent": self.config.user_agent, "Accept": "*/*"}
         if authorization is not None:
             own["Authorization"] = authorization
+        _check_sendable(own)
+        self._own = authorization, own
         return own
 
     def _authorization(self) -> str | None:
@@ -621,16 +661,11 @@ class HttpClient:
         deadline = None if limit is None else self._clock() + limit
         return Patience(deadline=deadline, closing=self._closing, clock=self._clock)
 
-    @contextlib.contextmanager
-    def _told_where(self, path: str, byte_range: RangeRequest | None) -> Iterator[None]:
-        """Errors that leave here say which URL and which range they are about."""
-        try:
-            yield
-        except NetworkError as error:
-            if error.url is None:
-                error.url = redact_url(f"{self.endpoint.url.rstrip('/')}/{path.lstrip('/')}")
-                error.byte_range = byte_range
-            raise
+    def _tell_where(self, error: NetworkError, path: str, byte_range: RangeRequest | None) -> None:
+        """Have an error that leaves here say which URL and which range it is about."""
+        if error.url is None:
+            error.url = redact_url(f"{self.endpoint.url.rstrip('/')}/{path.lstrip('/')}")
+            error.byte_range = byte_range
 
 
 def _for_ever() -> float:
@@ -653,13 +688,12 @@ def _environ_proxies(origin: str, said: tuple[object, ...]) -> dict[str, str]:
     return get_environ_proxies(origin, no_proxy=None)
 
 
-def _request(method: str, url: str, headers: Mapping[str, str]) -> Request:
-    if not any(map(_UNSENDABLE.search, headers.values())):  # requests would repeat what it refuses
-        return Request(method, url, headers)
-    raise ConfigurationError(
-        "a credential or a header holds what HTTP cannot carry: look for line ends, spaces in front and letters"
-        " beyond Latin-1 in CdnEndpoint.auth and .headers"
-    )
+def _check_sendable(headers: Mapping[str, str]) -> None:
+    if any(map(_UNSENDABLE.search, headers.values())):  # requests would repeat what it refuses
+        raise ConfigurationError(
+            "a credential or a header holds what HTTP cannot carry: look for line ends, spaces in front and letters"
+            " beyond Latin-1 in CdnEndpoint.auth and .headers"
+        )
 
 
 def _too_large(most: int) -> NetworkError:

@@ -6,6 +6,7 @@ A guard takes what was asked and what was said, and raises; it reads no socket. 
 from __future__ import annotations
 
 import email.utils
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -142,6 +143,7 @@ def _is_old_enough(modified: str | None, date: str | None) -> bool:
     return then is not None and now is not None and now >= then + 1
 
 
+@functools.lru_cache(64)
 def _seconds(value: str | None) -> float | None:
     try:
         moment = email.utils.parsedate_to_datetime(value) if value else None

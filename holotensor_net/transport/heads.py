@@ -10,18 +10,26 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 __all__ = ["PlainHead", "by_name", "plain_head", "plain_request"]
 
-_MOST_HEADERS = 64  # http.client takes a hundred lines
+_MOST_HEADERS = 63  # besides that of the range; http.client takes a hundred lines
+_END = b"\r\n\r\n"
+_PLACE_NAME = "content-range"
+_MOST_HEADS = 64  # that are remembered
 _NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEAD = re.compile(rf"HTTP/1\.1 (200|206) [\t -~]*\r\n((?:{_NAME}:[\t -~]*\r\n)+)\r\n".encode())
+_PLACE = re.compile(rb"\r\nContent-Range:[\t ]*([\t -~]*)(?=\r\n)", re.IGNORECASE)
 _HEADER = re.compile(r"([^:]+):[\t ]*([^\r]*)\r\n")
 _LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
 _PARSED = ("multipart", "message")  # the parser of mails would look into these
 _TOKEN = re.compile(_NAME)
-_REQUEST = re.compile(r"GET [!-~]+ HTTP/1\.1\r\nHost: [!-~]+\r\n(?:[\t -~\x80-\xff]+\r\n)*\r\n")
+_LINE = r"[\t -~\x80-\xff]+\r\n"
+_LINES = re.compile(rf"(?:{_LINE})*")
+_OPENING = re.compile(rf"GET [!-~]+ HTTP/1\.1\r\nHost: [!-~]+\r\n(?:{_LINE})*")
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 class PlainHead(NamedTuple):
@@ -35,8 +43,25 @@ class PlainHead(NamedTuple):
 
 
 def plain_head(ahead: bytes) -> PlainHead | None:
-    """The head with which these bytes begin; None if it is not all there, or not plain."""
-    match = _HEAD.match(ahead)
+    """The head with which these bytes begin; None if it is not all there, or not plain.
+
+    Of one object, the heads of a second are the same but for the range: so they are read without it, and remembered.
+    """
+    end = ahead.find(_END) + len(_END)
+    if end < len(_END):
+        return None
+    place = _PLACE.search(ahead, 0, end)
+    if place is None:
+        return _plain_head(ahead[:end])
+    rest = _plain_head(ahead[: place.start()] + ahead[place.end() : end])
+    if rest is None or _PLACE_NAME in rest.said:  # two of them
+        return None
+    return PlainHead(rest.status, {**rest.said, _PLACE_NAME: place[1].decode("ascii").strip(" \t")}, rest.length, end)
+
+
+@functools.lru_cache(_MOST_HEADS)
+def _plain_head(head: bytes) -> PlainHead | None:
+    match = _HEAD.fullmatch(head)
     if match is None:
         return None
     headers = _HEADER.findall(match[2].decode("ascii"))
@@ -50,24 +75,31 @@ def plain_head(ahead: bytes) -> PlainHead | None:
         and said.get("connection", "keep-alive").lower() == "keep-alive"
         and not said.get("content-type", "").lower().startswith(_PARSED)
     )
-    return PlainHead(int(match[1]), said, int(length), match.end()) if is_plain else None
+    return PlainHead(int(match[1]), said, int(length), len(head)) if is_plain else None
 
 
-def plain_request(target: str, host: str, headers: Mapping[str, str]) -> bytes | None:
-    """The head of a GET as http.client writes it, in the order of ``headers``; None if anything in it is unusual."""
-    if not _are_plain(tuple(headers)):
-        return None
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    head = f"GET {target} HTTP/1.1\r\nHost: {host}\r\n{lines}\r\n"
-    is_plain = head.count("\n") == len(headers) + 3 and _REQUEST.fullmatch(head)
-    return head.encode("latin-1") if is_plain else None
+def plain_request(
+    target: str, host: str, headers: Mapping[str, str], conditions: Mapping[str, str] = _NONE
+) -> bytes | None:
+    """The head of a GET as http.client writes it, in the order of ``headers``, and then of ``conditions``, which differ
+    from one request to the next; None if anything in it is unusual."""
+    opening = _opening(target, host, tuple(headers.items()), tuple(conditions))
+    lines = "".join([f"{name}: {value}\r\n" for name, value in conditions.items()])
+    is_plain = opening is not None and lines.count("\n") == len(conditions) and _LINES.fullmatch(lines)
+    return f"{opening}{lines}\r\n".encode("latin-1") if is_plain else None
 
 
 @functools.lru_cache(64)
-def _are_plain(names: tuple[str, ...]) -> bool:
-    """Whether all are names, and http.client would add none but that of the host."""
+def _opening(target: str, host: str, headers: tuple[tuple[str, str], ...], more: tuple[str, ...]) -> str | None:
+    """The head of a GET as far as its ``headers``, before ``more`` of these names; None if a name or a value is
+    unusual, or http.client would add another header."""
+    names = (*(name for name, _ in headers), *more)
     known = {name.lower() for name in names}
-    return "accept-encoding" in known and "host" not in known and all(map(_TOKEN.fullmatch, names))
+    if len(known) < len(names) or "accept-encoding" not in known or "host" in known:
+        return None
+    opening = f"GET {target} HTTP/1.1\r\nHost: {host}\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers)
+    is_plain = all(map(_TOKEN.fullmatch, names)) and opening.count("\n") == len(headers) + 2
+    return opening if is_plain and _OPENING.fullmatch(opening) else None
 
 
 def by_name(headers: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -93,6 +93,9 @@ UNUSUAL = {
     "an empty length": head(*PLAIN[:3], b"Content-Length:"),
     "chunks": head(*PLAIN, b"Transfer-Encoding: chunked"),
     "another encoding": head(*PLAIN, b"Transfer-Encoding: identity"),
+    "two places": head(*PLAIN, b"content-range: bytes 0-4/100"),
+    "a place over two lines": head(*PLAIN[:2], b"Content-Range: bytes 0-4/100", b" and on", *PLAIN[3:]),
+    "a place beyond ASCII": head(*PLAIN, b"Content-Range: \xff"),
     "an end of the connection": head(*PLAIN, b"Connection: close"),
     "two wishes for the connection": head(*PLAIN, b"Connection: keep-alive", b"Connection: close"),
     "another wish": head(*PLAIN, b"Connection: upgrade"),
@@ -214,7 +217,10 @@ def test_a_request_is_written_as_http_client_writes_it(target: str) -> None:
     for name, value in headers.items():
         connection.putheader(name, value)
     connection.endheaders()
+    own = {name: headers[name] for name in ("User-Agent", "Accept")}
+    conditions = {name: value for name, value in headers.items() if name not in own}
     assert plain_request(target, "a.test:8080", headers) == connection.sock.sent
+    assert plain_request(target, "a.test:8080", own, conditions) == connection.sock.sent
 
 
 @pytest.mark.parametrize(
@@ -234,12 +240,22 @@ def test_a_request_is_written_as_http_client_writes_it(target: str) -> None:
         ("/a", "h", {"X: Y": "a"}),
         ("/a", "h", {"": "a"}),
         ("/a", "h", {"host": "other"}),
+        ("/a", "h", {"accept-encoding": "gzip"}),
     ],
 )
 def test_a_request_that_is_unusual_is_left_to_http_client(target: str, host: str, own: dict[str, str]) -> None:
     assert plain_request("/a", "h", {"Accept-Encoding": "identity"}) is not None
     assert plain_request("/a", "h", {}) is None
     assert plain_request(target, host, {"Accept-Encoding": "identity", **own}) is None
+    assert plain_request(target, host, {"Accept-Encoding": "identity"}, own) is None or not own
+
+
+def test_of_two_heads_that_differ_in_their_place_each_has_its_own() -> None:
+    for start in (5, 10):
+        place = b"bytes %d-%d/100" % (start, start + 4)
+        found = plain_head(head(*PLAIN).replace(b"bytes 0-4/100", place))
+        assert found is not None
+        assert found.said["content-range"] == place.decode()
 
 
 def test_answers_of_all_kinds_follow_each_other_over_one_connection() -> None:
