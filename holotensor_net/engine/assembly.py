@@ -157,7 +157,7 @@ class Assembly:
             attempt.head = answer.head
             if not is_all:
                 # Nothing proves that the rest would be of the same version: all of it has to come in one answer.
-                self._scheduler.extend(load.fragment, [attempt.wanted], whole=True)
+                self._scheduler.extend(load, [attempt.wanted], whole=True)
                 return False
         attempt.missing -= part
         if attempt.missing:
@@ -169,7 +169,7 @@ class Assembly:
         load, attempt = share.load, share.attempt
         begin = max(begin, share.part.plan.stop)
         if attempt.wanted is not None and begin < attempt.wanted.stop and load.is_provable and not share.part.is_stale:
-            self._scheduler.extend(load.fragment, [RangeRequest(begin, attempt.wanted.stop)], whole=False)
+            self._scheduler.extend(load, [RangeRequest(begin, attempt.wanted.stop)], whole=False)
 
     def _ends(self, load: Load, head: HeadInfo, came: RangeRequest) -> bool:
         """Whether a body ended where the object does, of which no answer, or not the first, had told how long it is.
@@ -243,7 +243,7 @@ class Assembly:
         up when it does."""
         load.attempt.abandon()
         load.attempt = Attempt()
-        self._scheduler.restart(load.fragment, whole=load.whole)
+        self._scheduler.restart(load, whole=load.whole)
 
 
 def _check(destination: Destination, data: memoryview, checksum: str) -> None:

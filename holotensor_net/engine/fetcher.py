@@ -24,7 +24,7 @@ from ..waits import Latch
 from .alarms import Alarms
 from .assembly import Assembly
 from .courier import Courier
-from .loads import Attempt, Books, Fragment, Load, Share, Waiter, Whole, identity_of
+from .loads import Attempt, Books, Load, Share, Waiter, Whole, identity_of
 from .priority import PrioritizedFragment
 from .recovery import Again, Recovery, summary
 from .request_cache import Found, Proven, RequestCache, Resumed
@@ -124,7 +124,9 @@ class Fetcher:
         follow."""
         may_resume = [held is None and self._cache.has_part(request) for request, held in asked]
         now = self._clock()
-        futures, opened = [], []
+        futures: list[Future[LoadResult]] = []
+        opened: list[Load] = []
+        condition = threading.Condition()
         with self._lock:
             if self._closing.is_set():
                 raise Cancelled("the loader is closed: make a new one")
@@ -132,13 +134,14 @@ class Fetcher:
                 identity = identity_of(request)
                 load = self._books.find(identity)
                 if load is not None:
-                    futures.append(self._join(load, request, now, shared))
+                    futures.append(self._join(load, request, now, shared, condition))
                     continue
                 load = self._books.open(request, identity, held, now, whole=self._recovery.is_without_ranges)
-                load.fragment.lane = self._courier.next_for(load)
-                load.may_resume = is_begun and not load.whole
+                load.lane = self._courier.next_for(load)
+                if is_begun and not load.whole:
+                    load.may_resume = True
                 opened.append(load)
-                futures.append(self._wait_for(load, request, now, shared))
+                futures.append(self._wait_for(load, request, now, shared, condition))
         try:
             self._queue([load for load in opened if not (load.is_repeated and self._is_there(load))])
         except BaseException:  # an interrupt, while the queue was full
@@ -181,7 +184,7 @@ class Fetcher:
         with self._lock:
             loads = self._books.named(fragment_id)
             for load in loads:
-                self._scheduler.move(load.fragment, priority)
+                self._scheduler.move(load, priority)
         return bool(loads)
 
     def cancel(self, fragment_id: str) -> bool:
@@ -222,29 +225,34 @@ class Fetcher:
 
     # -- loads
 
-    def _join(self, load: Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
+    def _join(
+        self, load: Load, request: LoadRequest, now: float, shared: bool, condition: threading.Condition
+    ) -> Future[LoadResult]:
         """One more who waits for a load in flight. With the lock held."""
-        if request.priority < load.fragment.priority:
-            self._scheduler.move(load.fragment, request.priority)
+        if request.priority < load.priority:
+            self._scheduler.move(load, request.priority)
         if shared and request.deadline is None:
             for waiter in load.waiters:
                 is_alike = waiter.is_shared and waiter.fragment_id == request.fragment_id
-                if is_alike and not waiter.future.cancelled():
-                    return waiter.future
-        return self._wait_for(load, request, now, shared)
+                if is_alike and not waiter.cancelled():
+                    return waiter
+        return self._wait_for(load, request, now, shared, condition)
 
-    def _wait_for(self, load: Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
+    def _wait_for(
+        self, load: Load, request: LoadRequest, now: float, shared: bool, condition: threading.Condition
+    ) -> Future[LoadResult]:
         """A future for the end of a load. With the lock held."""
         limit, own = self._config.retry.deadline, request.deadline
         if limit is None or (own is not None and own < limit):
             limit = own
         until = None if limit is None else now + limit
-        waiter = Waiter(load, request, now, until, is_shared=shared and request.deadline is None)
-        self._books.enter(waiter)
-        waiter.future.on_cancel, waiter.future.waiter = self._cancelled, weakref.ref(waiter)
+        is_shared = shared and own is None
+        waiter = Waiter(load, request, now, until, is_shared=is_shared, condition=condition)
+        waiter.on_cancel = self._cancelled
+        self._books.enter(waiter, load)
         if until is not None:
             waiter.alarm = self._alarms.at(until, waiter, self._overdue)
-        return waiter.future
+        return waiter
 
     def _overdue(self, waiter: Waiter) -> None:
         """Tell a caller that its time is over, wherever its load is held up."""
@@ -257,16 +265,16 @@ class Fetcher:
 
     def _dismiss(self, waiter: Waiter, error: NetworkError) -> bool:
         """One waits no longer, and is told; a load that nobody waits for is dropped. False if it was told already."""
-        load = waiter.load
         with self._lock:
-            if not self._books.leave(waiter):
+            load = self._books.leave(waiter)
+            if load is None:
                 return False
             is_dropped = not load.waiters
             if is_dropped:
                 _, ending = self._books.close(load)
                 idle = self._courier.idle_races()
         if is_dropped:
-            self._scheduler.settle(load.fragment, success=False)
+            self._scheduler.settle(load, success=False)
             self._turns.end(load)
         self._answer(waiter, error)
         if is_dropped:
@@ -283,7 +291,7 @@ class Fetcher:
         with self._lock:
             closed = [(load, outcome, *self._books.close(load)) for load, outcome in ended if not load.done]
             idle = self._courier.idle_races() if closed else []
-        self._scheduler.settle_all([(load.fragment, isinstance(outcome, Whole)) for load, outcome, _, _ in closed])
+        self._scheduler.settle_all([(load, isinstance(outcome, Whole)) for load, outcome, _, _ in closed])
         for load, outcome, waiters, _ in closed:
             if load.turn is not None:
                 self._turns.end(load)
@@ -304,10 +312,8 @@ class Fetcher:
             result: LoadResult = LoadSuccess(name, outcome.data, duration, outcome.from_cache, outcome.head)
         else:
             result = LoadFailure(name, outcome, duration)
-        try:
-            waiter.future.set_result(result)
-        except InvalidStateError:  # it was cancelled: who waits for several futures has to be told
-            waiter.future.set_running_or_notify_cancel()
+        with contextlib.suppress(InvalidStateError):  # it was cancelled
+            waiter.set_result(result)
 
     # -- workers
 
@@ -388,12 +394,12 @@ class Fetcher:
         if not self._turns.are_taken:
             return False
         parts = [part.fragment for part in piece.parts if not part.is_stale]
-        loads = [fragment.load for fragment in parts if isinstance(fragment, Fragment) and not fragment.load.done]
+        loads = [load for load in parts if isinstance(load, Load) and not load.done]
         ours = [load for load in loads if self._is_ours(load)]
         if len(ours) == len(loads):
             return False
         for load in ours:
-            self._scheduler.restart(load.fragment, alone=False)
+            self._scheduler.restart(load, alone=False)
         self._scheduler.release(piece)
         return True
 
@@ -419,9 +425,9 @@ class Fetcher:
     def _resumes(self, piece: Piece) -> bool:
         """Whether the piece stood for a load that may go on where another was cut off: what is left of it is queued."""
         part = piece.parts[0]
-        if not isinstance(part.fragment, Fragment) or not part.fragment.load.may_resume:
+        load = part.fragment
+        if not isinstance(load, Load) or not load.may_resume:
             return False
-        load = part.fragment.load
         with self._lock:
             if not load.may_resume or part.is_stale:  # that is another worker's, which has the piece that is not
                 return False
@@ -437,7 +443,7 @@ class Fetcher:
     def _go_on(self, load: Load, resumed: Resumed | None) -> None:
         """Queue what a load lacks: all of it, where nothing is resumed."""
         if resumed is None:
-            self._scheduler.restart(load.fragment, whole=load.whole)
+            self._scheduler.restart(load, whole=load.whole)
             return
         attempt = Attempt(
             endpoint=resumed.endpoint if load.request.checksum is None else None,
@@ -452,7 +458,7 @@ class Fetcher:
             if is_wanted:
                 load.attempt = attempt
         if is_wanted:
-            self._scheduler.restart(load.fragment, rest=resumed.missing, stop=resumed.wanted.stop)
+            self._scheduler.restart(load, rest=resumed.missing, stop=resumed.wanted.stop)
         else:
             resumed.destination.keep()
 
@@ -461,8 +467,8 @@ class Fetcher:
         with self._lock:
             shares = []
             for part in piece.parts:
-                if isinstance(part.fragment, Fragment) and not part.fragment.load.done and not part.is_stale:
-                    load = part.fragment.load
+                load = part.fragment
+                if isinstance(load, Load) and not load.done and not part.is_stale:
                     load.attempt.in_flight += 1
                     shares.append(Share(load, load.attempt, part))
             return shares
@@ -567,9 +573,9 @@ class Fetcher:
             # A passing one: the endpoint comes back; or another of joined ranges is to blame, so each is asked alone.
             again = self._recovery.again(load, error, endpoint, is_passing=is_passing, now=self._clock())
             if again is not Again.NOTHING:
-                self._scheduler.send_to(self._courier.next_for(load), load.fragment)
+                self._scheduler.send_to(self._courier.next_for(load), load)
             if again is Again.PIECE:
-                self._scheduler.extend(load.fragment, [share.part.byte_range])
+                self._scheduler.extend(load, [share.part.byte_range])
             elif again is Again.ALL:
                 self._assembly.restart(load)
         if again is Again.NOTHING:
@@ -580,8 +586,8 @@ class Fetcher:
 def _dropped(known: weakref.ref[Fetcher], fragment: PrioritizedFragment) -> None:
     """The scheduler has forgotten a fragment: tell whoever waits for it."""
     fetcher = known()
-    if fetcher is not None and isinstance(fragment, Fragment):
-        fetcher._resolve(fragment.load, Cancelled("the queue was cleared"))
+    if fetcher is not None and isinstance(fragment, Load):
+        fetcher._resolve(fragment, Cancelled("the queue was cleared"))
 
 
 def _grow(known: weakref.ref[Fetcher]) -> None:
@@ -595,13 +601,13 @@ def _queued_as(load: Load) -> tuple[PrioritizedFragment, bool, bool]:
     """How a load is queued: its fragment, whether alone, and whether in one piece, for the worker that is to find out
     how much of it is left."""
     in_one = load.whole or load.may_resume
-    return load.fragment, load.held is not None or in_one, in_one
+    return load, load.held is not None or in_one, in_one
 
 
-def _cancelled(known: weakref.ref[Fetcher], waiting: weakref.ref[Waiter]) -> None:
+def _cancelled(known: weakref.ref[Fetcher], waiter: Waiter) -> None:
     """A future was cancelled: its load may have to be dropped."""
-    fetcher, waiter = known(), waiting()
-    if fetcher is not None and waiter is not None:
+    fetcher = known()
+    if fetcher is not None:
         fetcher._dismiss(waiter, Cancelled("cancelled on request"))
 
 

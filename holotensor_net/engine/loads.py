@@ -5,13 +5,12 @@ Nothing here waits, reads or writes; the owner's lock guards it.
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, TimeoutError
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ..errors import NetworkError
 from ..transport.digests import Digest
@@ -22,10 +21,12 @@ from .priority import PrioritizedFragment
 from .request_cache import Destination, Found
 from .scheduler import Part
 
-__all__ = ["Attempt", "Books", "Fragment", "Load", "Share", "Turn", "Waiter", "Whole", "identity_of", "is_sealed"]
+__all__ = ["Attempt", "Books", "Load", "Promise", "Share", "Turn", "Waiter", "Whole", "identity_of", "is_sealed"]
 
 
 _MOST_ENDED = 4096
+
+_PENDING, _CANCELLED, _FINISHED = "PENDING", "CANCELLED", "FINISHED"  # as the base class of futures has it
 
 
 @dataclass(slots=True, eq=False)
@@ -96,19 +97,15 @@ class Turn:
     pause: float = 0.0
 
 
-@dataclass(eq=False)
-class Load:
-    """A fragment on its way, and everyone who waits for it. ``whole``: each endpoint is asked for all of the object in
-    a plain GET, as none is left that serves ranges. ``may_resume``: the first worker is to look for what has come of an
-    earlier transfer. ``is_repeated``: an equal load has ended not long ago."""
+class Load(PrioritizedFragment):
+    """A fragment on its way, and everyone who waits for it; it stands in the scheduler's queue itself.
 
-    request: LoadRequest
-    fragment: Fragment
-    held: Found | None
-    whole: bool
-    identity: object
-    waiters: list[Waiter] = field(default_factory=list)
-    attempt: Attempt = field(default_factory=Attempt)
+    ``whole``: each endpoint is asked for all of the object in a plain GET, as none is left that serves ranges.
+    ``may_resume``: the first worker is to look for what has come of an earlier transfer. ``is_repeated``: an equal load
+    has ended not long ago. ``done``: everyone was told.
+    """
+
+    # What most loads never need is the class's until it is set: there may be a million of them.
     tried: frozenset[int] = frozenset()
     failures: tuple[NetworkError, ...] = ()
     restarts: int = 0
@@ -117,6 +114,14 @@ class Load:
     is_repeated: bool = False
     turn: Turn | None = None
     done: bool = False
+
+    def __init__(self, request: LoadRequest, identity: object, held: Found | None, now: float, *, whole: bool) -> None:
+        super().__init__(request, queued_at=now)
+        self.identity = identity
+        self.held = held
+        self.whole = whole
+        self.waiters: list[Waiter] = []
+        self.attempt = Attempt()
 
     @property
     def version(self) -> Validator | None:
@@ -134,54 +139,79 @@ class Load:
 
 
 class Promise(Future[LoadResult]):
-    """A future that tells of its being cancelled, and which ``waiter`` has gone with it.
+    """A future whose wait Ctrl-C ends at once.
 
-    It holds that one weakly: they would hold each other, and so the bytes, until garbage is collected.
+    ``condition``: one that it has in common with others that were made with it. Whoever waits has an event of his own,
+    and so it is only a lock here; a Condition for each would be the most part of what a future weighs.
     """
 
-    on_cancel: Callable[[weakref.ref[Waiter]], object] | None = None
-    waiter: weakref.ref[Waiter]
+    def __init__(self, condition: threading.Condition | None = None) -> None:
+        # All that the base class would set.
+        self._condition = condition or threading.Condition()
+        self._state = _PENDING
+        self._result: LoadResult | None = None
+        self._exception: BaseException | None = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Callable[[Future[LoadResult]], object]] = []
 
     def result(self, timeout: float | None = None) -> LoadResult:
-        self._stay(timeout)
+        if self._state != _FINISHED:
+            self._stay(timeout)
         return super().result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._stay(timeout)
+        if self._state != _FINISHED:
+            self._stay(timeout)
         return super().exception(0)
 
     def _stay(self, timeout: float | None) -> None:
         if not self.done():
-            attentively(self._is_over, timeout)
-
-    def _is_over(self, seconds: float) -> bool:
-        with suppress(CancelledError, TimeoutError):
-            super().exception(seconds)
-        return self.done()
+            attentively(lambda seconds: wait((self,), seconds).done, timeout)
 
     def cancel(self) -> bool:
         is_cancelled = super().cancel()
-        if is_cancelled and self.on_cancel is not None:
-            self.on_cancel(self.waiter)
+        with self._condition:
+            if self._state == _CANCELLED:  # who has an event of his own is told by this alone
+                self.set_running_or_notify_cancel()
         return is_cancelled
 
 
-@dataclass(eq=False)
-class Waiter:
-    """A caller: which request it made, when, until when it waits, and the future that it holds. ``is_shared``: others
-    who ask for the same may be given that future too. ``alarm``: that of its deadline."""
+class Waiter(Promise):
+    """A caller, who holds this future: which request it made, when, and until when it waits.
 
-    load: Load
-    request: LoadRequest
-    since: float
-    until: float | None
-    is_shared: bool
-    future: Promise = field(default_factory=Promise)
+    ``load``: the one that it waits for, None once it has been told. ``is_shared``: others who ask for the same may be
+    given this future too. ``alarm``: that of its deadline. ``on_cancel``: who is told that it was cancelled.
+    """
+
     alarm: Alarm | None = None
+    on_cancel: Callable[[Waiter], object] | None = None
+
+    def __init__(
+        self,
+        load: Load,
+        request: LoadRequest,
+        since: float,
+        until: float | None,
+        *,
+        is_shared: bool,
+        condition: threading.Condition | None = None,
+    ) -> None:
+        super().__init__(condition)
+        self.load: Load | None = load
+        self.request = request
+        self.since = since
+        self.until = until
+        self.is_shared = is_shared
 
     @property
     def fragment_id(self) -> str:
         return self.request.fragment_id
+
+    def cancel(self) -> bool:
+        is_cancelled = super().cancel()
+        if is_cancelled and self.on_cancel is not None:
+            self.on_cancel(self)
+        return is_cancelled
 
 
 class Whole(NamedTuple):
@@ -190,13 +220,6 @@ class Whole(NamedTuple):
     data: memoryview
     head: HeadInfo | None
     from_cache: bool = False
-
-
-class Fragment(PrioritizedFragment):
-    """A queued fragment that knows its load."""
-
-    __slots__ = ("load",)
-    load: Load
 
 
 @dataclass(slots=True, eq=False)
@@ -234,15 +257,15 @@ class Books:
 
     def open(self, request: LoadRequest, identity: object, held: Found | None, now: float, *, whole: bool) -> Load:
         """A new load, that nobody waits for yet."""
-        fragment = Fragment(request, queued_at=now)
-        fragment.load = load = Load(request, fragment, held, whole, identity)
-        load.is_repeated = identity in self._ended
+        load = Load(request, identity, held, now, whole=whole)
+        if identity in self._ended:
+            load.is_repeated = True
         self._loads[identity] = load
         return load
 
-    def enter(self, waiter: Waiter) -> None:
+    def enter(self, waiter: Waiter, load: Load) -> None:
         """One more waits for a load."""
-        load, name = waiter.load, waiter.request.fragment_id
+        name = waiter.request.fragment_id
         load.waiters.append(waiter)
         there = self._by_name.setdefault(name, load)
         if isinstance(there, dict):
@@ -250,13 +273,15 @@ class Books:
         elif there is not load:
             self._by_name[name] = {there: None, load: None}
 
-    def leave(self, waiter: Waiter) -> bool:
-        """One waits no longer; False if it was told already."""
-        if waiter not in waiter.load.waiters:
-            return False
-        waiter.load.waiters.remove(waiter)
-        self._forget_name(waiter.load, waiter.fragment_id)
-        return True
+    def leave(self, waiter: Waiter) -> Load | None:
+        """One waits no longer; gives the load that it waited for, None if it was told already."""
+        load = waiter.load
+        if load is None:
+            return None
+        waiter.load = None
+        load.waiters.remove(waiter)
+        self._forget_name(load, waiter.fragment_id)
+        return load
 
     def close(self, load: Load) -> tuple[list[Waiter], Callable[[], None]]:
         """Strike a load out; gives those who are to be told, and what is then to be called without the lock."""
@@ -268,7 +293,8 @@ class Books:
             self._ended.popitem(last=False)
         waiters, load.waiters = load.waiters, []
         for waiter in waiters:
-            self._forget_name(load, waiter.fragment_id)
+            waiter.load = None
+            self._forget_name(load, waiter.request.fragment_id)
         return waiters, ending
 
     def _forget_name(self, load: Load, name: str) -> None:
@@ -276,7 +302,7 @@ class Books:
         if load.waiters and any(waiter.fragment_id == name for waiter in load.waiters):
             return
         there = self._by_name.get(name)
-        if isinstance(there, dict):
+        if there is not load and isinstance(there, dict):
             there.pop(load, None)
         if there is load or not there:
             self._by_name.pop(name, None)

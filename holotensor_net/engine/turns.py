@@ -41,7 +41,7 @@ class _Limits:
         wanted = load.request.byte_range
         size = load.request.expected_size if wanted is None else wanted.length
         most = self.seconds + (size or 0) / self.rate
-        return min(most, _URGENT) if load.fragment.priority == Priority.CRITICAL else most
+        return min(most, _URGENT) if load.priority == Priority.CRITICAL else most
 
 
 class Turns:
@@ -104,7 +104,7 @@ class Turns:
         if not turn.has_waited:
             turn.has_waited, turn.since, turn.began = True, self._cache.now(), self._clock()
         turn.pause = _FIRST_PAUSE
-        self._scheduler.withdraw(load.fragment)
+        self._scheduler.withdraw(load)
 
     def wake(self, load: Load) -> float | None:
         """Seconds after which to call this again for a load that waits; None if it is in the queue again, or done."""
@@ -121,7 +121,7 @@ class Turns:
             turn.is_waiting, turn.is_late = False, is_late
             # Whoever was at it may have been cut off.
             load.may_resume = load.held is None and not load.whole
-            self._scheduler.restart(load.fragment, whole=load.whole or load.may_resume)
+            self._scheduler.restart(load, whole=load.whole or load.may_resume)
         return None
 
     def end(self, load: Load) -> None:

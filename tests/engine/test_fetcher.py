@@ -470,7 +470,7 @@ def test_memory_is_not_shared_where_much_of_it_would_be_for_what_lies_between(
     spans = [RangeRequest(start, start + 100) for start in range(0, 3 * (100 + apart), 100 + apart)]
     requests = [LoadRequest(str(span.start), "file", byte_range=span) for span in spans]
     loads = [Books().open(request, identity_of(request), None, 0.0, whole=False) for request in requests]
-    parts = [Part(load.fragment, load.request.byte_range, None) for load in loads]  # type: ignore[arg-type]
+    parts = [Part(load, load.request.byte_range, None) for load in loads]  # type: ignore[arg-type]
     shares = [Share(load, load.attempt, part) for load, part in zip(loads, parts, strict=True)]
     assert (assembly._common(shares, spans) is not None) is is_shared
 

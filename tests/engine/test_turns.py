@@ -235,9 +235,9 @@ def test_who_has_a_stale_piece_resumes_nothing(scene: Callable[..., Scene], monk
     load.may_resume = False
     stale = scheduler.next(0)
     assert stale is not None
-    scheduler.withdraw(load.fragment)
+    scheduler.withdraw(load)
     load.may_resume = True
-    scheduler.restart(load.fragment, whole=True)
+    scheduler.restart(load, whole=True)
     assert not fetcher._resumes(stale)
     assert load.may_resume
     fresh = scheduler.next(0)
