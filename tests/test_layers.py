@@ -36,7 +36,14 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("stream_cache/keys", "stream_cache/functions", "stream_cache/frozen", "stream_cache/portable"),
     ),
     2: (
-        *("transport/client", "engine/paths", "engine/lanes", "engine/rations", "engine/scheduler"),
+        *(
+            "transport/client",
+            "engine/paths",
+            "engine/lanes",
+            "engine/rations",
+            "engine/neighbours",
+            "engine/scheduler",
+        ),
         *("storage/entries", "storage/ledger", "storage/disk", "storage/cache", "storage/results"),
     ),
     3: (
@@ -72,7 +79,7 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("storage/blobs",),
     ),
     (("storage/entries", "storage/ledger"), ("storage/disk",), ("storage/cache",)),
-    (("engine/paths",), ("engine/lanes", "engine/rations"), ("engine/scheduler",)),
+    (("engine/paths",), ("engine/lanes", "engine/rations", "engine/neighbours"), ("engine/scheduler",)),
     (("engine/streaming",), ("engine/loader",)),
     (
         ("engine/request_cache",),

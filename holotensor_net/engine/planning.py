@@ -130,16 +130,16 @@ def join_neighbours(anchor: RangeRequest, others: Sequence[RangeRequest], *, max
     """
     low = high = bisect.bisect_left(others, anchor)
     start, stop = anchor.start, anchor.stop
-
-    def cost(gap: int, length: int) -> float:
-        return gap if 0 <= gap <= max_gap and length <= max_length else math.inf
-
     while True:
         ahead = behind = math.inf
         if high < len(others):
-            ahead = cost(others[high].start - stop, others[high].stop - start)
+            following = others[high]
+            if following.stop - start <= max_length and 0 <= (gap := following.start - stop) <= max_gap:
+                ahead = gap
         if low > 0:
-            behind = cost(start - others[low - 1].stop, stop - others[low - 1].start)
+            previous = others[low - 1]
+            if stop - previous.start <= max_length and 0 <= (gap := start - previous.stop) <= max_gap:
+                behind = gap
         if ahead == behind == math.inf:
             return range(low, high)
         if ahead <= behind:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import math
 import sys
@@ -13,16 +12,16 @@ from dataclasses import dataclass, replace
 
 from ..config import NetworkConfig, SchedulerConfig
 from ..errors import ConfigurationError, Timeout
-from ..values import LoadRequest, Priority, RangeRequest, Validator
+from ..values import LoadRequest, Priority, RangeRequest
 from ..waits import attentively
 from .bandwidth import BandwidthMonitor
 from .lanes import Lane, may_begin
+from .neighbours import Neighbours
 from .pacing import RateBudget
 from .paths import host_of
 from .planning import (
     cut,
     gap_worth_reading,
-    join_neighbours,
     piece_worth_asking,
     share_of_rest,
     window_worth_filling,
@@ -60,7 +59,7 @@ class Plan:
     place: int | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Part:
     """The bytes of one fragment that a piece brings, as a range of the object.
 
@@ -115,74 +114,6 @@ class SchedulerStats:
     total_bytes: int
 
 
-class _Shorts:
-    """The queued short fragments of one object in order of their ranges, to find neighbours in O(log n) and those that
-    are near enough."""
-
-    def __init__(self) -> None:
-        self._longest = 0
-        self._keys: list[tuple[int, int, int]] = []
-        self._fragments: dict[tuple[int, int, int], PrioritizedFragment] = {}
-
-    def add(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> None:
-        key = (wanted.start, wanted.stop, id(fragment))
-        bisect.insort(self._keys, key)
-        self._longest = max(self._longest, wanted.length)
-        self._fragments[key] = fragment
-
-    def __contains__(self, fragment: PrioritizedFragment) -> bool:
-        wanted = fragment.request.byte_range
-        return wanted is not None and (wanted.start, wanted.stop, id(fragment)) in self._fragments
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def discard(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> None:
-        key = (wanted.start, wanted.stop, id(fragment))
-        if self._fragments.pop(key, None) is not None:
-            del self._keys[bisect.bisect_left(self._keys, key)]
-
-    def discard_all(self, fragments: Sequence[PrioritizedFragment]) -> None:
-        """``discard`` for fragments in order, which mostly stand side by side."""
-        keys = [(r.start, r.stop, id(each)) for each in fragments if (r := each.request.byte_range) is not None]
-        first = bisect.bisect_left(self._keys, keys[0])
-        if self._keys[first : first + len(keys)] == keys:
-            del self._keys[first : first + len(keys)]
-            for key in keys:
-                del self._fragments[key]
-        else:
-            for fragment, (start, stop, _) in zip(fragments, keys, strict=True):
-                self.discard(fragment, RangeRequest(start, stop))
-
-    def around(self, wanted: RangeRequest, level: Priority, *, gap: int, length: int) -> list[PrioritizedFragment]:
-        """Those of one level that a request for ``wanted`` could come to bring along, in order and without overlaps, if
-        it grows to ``length`` bytes at most, over gaps of at most ``gap`` bytes."""
-        return [*reversed(self._before(wanted, level, gap, length)), *self._after(wanted, level, gap, length)]
-
-    def _after(self, wanted: RangeRequest, level: Priority, gap: int, length: int) -> list[PrioritizedFragment]:
-        found, end = [], wanted.stop
-        for index in range(bisect.bisect_left(self._keys, (end, 0, 0)), len(self._keys)):
-            start, stop, _ = key = self._keys[index]
-            if start - end > gap:
-                break
-            if start >= end and stop - wanted.start <= length and self._fragments[key].priority == level:
-                found.append(self._fragments[key])
-                end = stop
-        return found
-
-    def _before(self, wanted: RangeRequest, level: Priority, gap: int, length: int) -> list[PrioritizedFragment]:
-        found, begin = [], wanted.start
-        for index in range(bisect.bisect_left(self._keys, (begin, 0, 0)) - 1, -1, -1):
-            start, stop, _ = key = self._keys[index]
-            if begin - start > gap + self._longest:
-                break
-            is_near = 0 <= begin - stop <= gap and wanted.stop - start <= length
-            if is_near and self._fragments[key].priority == level:
-                found.append(self._fragments[key])
-                begin = start
-        return found
-
-
 class Scheduler:
     """Hands out pieces, most urgent first, as many at a time as the path needs.
 
@@ -224,7 +155,7 @@ class Scheduler:
             for ceiling, host in hosts
         ]
         self._latest = self.lanes[0]  # of which a piece was begun
-        self._shorts: dict[tuple[str, Validator | None, int], _Shorts] = {}
+        self._shorts = Neighbours()
         self._parked: set[PrioritizedFragment] = set()
         self._withdrawn: set[PrioritizedFragment] = set()
         self._budget = RateBudget(self.config.max_bandwidth)
@@ -704,11 +635,7 @@ class Scheduler:
             opening = _opening(fragment.request, self._modest)
             fragment.state = Plan([opening], opening.stop, whole=True)
         elif not alone and wanted is not None and wanted.length <= self._short and not fragment.request.allow_short:
-            where = _neighbourhood(fragment)
-            shorts = self._shorts.get(where)
-            if shorts is None:
-                shorts = self._shorts[where] = _Shorts()
-            shorts.add(fragment, wanted)
+            self._shorts.add(fragment, wanted)
         self._is_urgent_queued |= fragment.priority == Priority.CRITICAL
 
     def _plan(self, fragment: PrioritizedFragment) -> Plan:
@@ -759,14 +686,14 @@ class Scheduler:
     def _move_to(self, lane: int, fragment: PrioritizedFragment) -> None:
         place = fragment.place
         is_queued = self._queue_of(fragment).discard(fragment)
-        self._drop_short(fragment)
+        self._shorts.discard(fragment)
         fragment.lane = lane
         if is_queued:
             self._queue_of(fragment).push(fragment, place=place)
 
     def _take(self, lane: Lane, now: float) -> Piece:
         fragment = self._next_fragment(lane, now)
-        is_short = self._is_short(fragment)
+        is_short = fragment in self._shorts
         wanted = self._take_range(fragment)
         parts = [self._part(fragment, wanted), *(self._neighbours(fragment, wanted) if is_short else [])]
         parts.sort(key=lambda part: part.byte_range.start)
@@ -783,16 +710,13 @@ class Scheduler:
                 self._disturb()
         return piece
 
-    def _is_short(self, fragment: PrioritizedFragment) -> bool:
-        return fragment in self._shorts.get(_neighbourhood(fragment), ())
-
     def _part(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> Part:
         return Part(fragment, wanted, self._plan(fragment))
 
     def _take_range(self, fragment: PrioritizedFragment) -> RangeRequest:
         plan = self._plan(fragment)
         wanted = plan.pending.pop(0)
-        if not plan.whole and wanted.length and not self._is_short(fragment):  # shorts are joined as they are
+        if not plan.whole and wanted.length and fragment not in self._shorts:  # shorts are joined as they are
             lane = self.lanes[fragment.lane]
             size = self._piece_size(lane)
             if len(lane.queue) == 1:
@@ -808,7 +732,7 @@ class Scheduler:
             plan.queued = False
             self._parked.add(fragment)
             self._room.notify_all()
-        self._drop_short(fragment)
+        self._shorts.discard(fragment)
         return wanted
 
     def _piece_size(self, lane: Lane) -> int:
@@ -821,17 +745,11 @@ class Scheduler:
 
     def _neighbours(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> list[Part]:
         """Short fragments of the same object and level that are cheaper to bring along than to ask for later."""
-        shorts = self._shorts.get(_neighbourhood(fragment))
-        if shorts is None:
-            return []
         lane = self.lanes[fragment.lane]
         gap = min(_LARGEST_GAP, gap_worth_reading(lane.round_trip or _ROUND_TRIP, lane.each))
-        around = shorts.around(wanted, fragment.priority, gap=gap, length=self._modest)
-        ranges = [neighbour.request.byte_range or wanted for neighbour in around]
-        joined = join_neighbours(wanted, ranges, max_gap=gap, max_length=self._modest)
-        return self._take_shorts(shorts, [around[index] for index in joined])
+        return self._take_shorts(self._shorts.joined(fragment, wanted, gap=gap, length=self._modest))
 
-    def _take_shorts(self, shorts: _Shorts, fragments: list[PrioritizedFragment]) -> list[Part]:
+    def _take_shorts(self, fragments: list[PrioritizedFragment]) -> list[Part]:
         """Hand out neighbours as they are: what is done for each fragment alone is done for all of them at once."""
         begun = [self._part(each, self._take_range(each)) for each in fragments if each.state is not None]
         whole = [each for each in fragments if each.state is None]
@@ -839,17 +757,14 @@ class Scheduler:
         for fragment in whole:
             wanted = fragment.request.byte_range
             assert wanted is not None
-            is_safe = _is_safe(fragment.request)
-            plan = Plan([], wanted.stop, whole=not is_safe, queued=False, place=fragment.place)
+            plan = Plan([], wanted.stop, not _is_safe(fragment.request), False, fragment.place)
             fragment.state = plan
             parts.append(Part(fragment, wanted, plan))
         if whole:
             self._queue_of(whole[0]).discard_all(whole)
             self._parked.update(whole)
             self._room.notify_all()
-            shorts.discard_all(whole)
-            if not shorts:
-                self._shorts.pop(_neighbourhood(whole[0]), None)
+            self._shorts.discard_all(whole)
         return begun + parts
 
     def _forget_queued(self) -> list[PrioritizedFragment]:
@@ -871,16 +786,8 @@ class Scheduler:
         self._parked.discard(fragment)
         self._withdrawn.discard(fragment)
         if was_queued:
-            self._drop_short(fragment)
+            self._shorts.discard(fragment)
         return was_queued
-
-    def _drop_short(self, fragment: PrioritizedFragment) -> None:
-        where, wanted = _neighbourhood(fragment), fragment.request.byte_range
-        shorts = self._shorts.get(where)
-        if shorts is not None and wanted is not None:
-            shorts.discard(fragment, wanted)
-            if not shorts:
-                del self._shorts[where]
 
 
 def _level(priority: Priority) -> Priority:
@@ -892,11 +799,6 @@ def _level(priority: Priority) -> Priority:
 
 def _is_urgent(piece: Piece) -> bool:
     return piece.priority == Priority.CRITICAL
-
-
-def _neighbourhood(fragment: PrioritizedFragment) -> tuple[str, Validator | None, int]:
-    """Fragments of one object and one version may share a request to a host."""
-    return fragment.request.path, fragment.request.validator, fragment.lane
 
 
 def _opening(request: LoadRequest, chunk_size: int) -> RangeRequest:
