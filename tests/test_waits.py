@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, as_completed, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 
@@ -207,3 +207,25 @@ def is_free(latch: Latch) -> bool:
     thread.start()
     thread.join(SOON)
     return not thread.is_alive()
+
+
+def test_promises_of_one_condition_are_waited_for_and_told_each_alone() -> None:
+    condition = threading.Condition()
+    first, second, third = (Promise(condition) for _ in range(3))
+    assert vars(first).keys() == vars(Future()).keys()  # whatever the base class keeps there is
+    answer = LoadFailure("a", NotFound("gone"))
+    got: list[object] = []
+    waiting = threading.Thread(target=lambda: got.append(third.result(30)))
+    waiting.start()
+    threading.Timer(0.05, second.set_result, (answer,)).start()
+    done, _ = wait((first, second, third), 30, FIRST_COMPLETED)
+    assert done == {second}
+    threading.Timer(0.05, first.cancel).start()
+    with pytest.raises(CancelledError):
+        first.result(30)
+    assert first.cancel()
+    assert not third.done()
+    third.set_result(answer)
+    waiting.join(30)
+    assert got == [answer]
+    assert set(as_completed((first, second, third), 30)) == {first, second, third}

@@ -42,7 +42,8 @@ class _Common:
     memory: MemoryPart
 
     def part(self, span: RangeRequest) -> MemoryPart:
-        return self.memory.part(span.start - self.span.start, span.stop - self.span.start)
+        begin = self.span.start
+        return self.memory.part(span.start - begin, span.stop - begin)
 
 
 class Assembly:
@@ -64,9 +65,12 @@ class Assembly:
         made: list[Destination | None] = []
         places: list[tuple[RangeRequest, Destination]] = []
         common = self._common(shares, spans)
+        may_store = "no-store" not in head.headers.get("cache-control", "").lower()
         try:
             for share, span in zip(shares, spans, strict=True):
-                made.append(self._made(share, span, head, common))
+                if not may_store:
+                    self._turns.end(share.load)  # there will be nothing to wait for
+                made.append(self._made(share, span, head) if common is None else common.part(span))
             with self._lock:
                 for share, span, new in zip(shares, spans, made, strict=True):
                     place = self._place(share, span, head, new)
@@ -89,26 +93,22 @@ class Assembly:
 
     def _common(self, shares: list[Share], spans: list[RangeRequest]) -> _Common | None:
         """Memory for short neighbours together, unless too much of it would be for what lies between them."""
-        span = RangeRequest(spans[0].start, spans[-1].stop)
-        if len(shares) == 1 or sum(each.length for each in spans) < _DENSE * span.length:
+        if len(shares) == 1:
             return None
-        for share, each in zip(shares, spans, strict=True):
-            if share.attempt.destination is not None or not self._cache.is_for_memory(each.length):
-                return None
+        span = RangeRequest(spans[0].start, spans[-1].stop)
+        lengths = [each.stop - each.start for each in spans]
+        if sum(lengths) < _DENSE * span.length or not self._cache.is_for_memory(max(lengths)):
+            return None
+        if any(share.attempt.destination is not None for share in shares):
+            return None
         return _Common(span, MemoryPart(span.length, spare=self._config.memory_budget))
 
-    def _made(
-        self, share: Share, span: RangeRequest, head: HeadInfo, common: _Common | None = None
-    ) -> Destination | None:
+    def _made(self, share: Share, span: RangeRequest, head: HeadInfo) -> Destination | None:
         """A place for a load's bytes, None if it has one."""
         load, attempt = share.load, share.attempt
         if attempt.destination is not None:
             return None
         size = None if _is_open_ended(load.request, head) else span.length
-        if "no-store" in head.headers.get("cache-control", "").lower():
-            self._turns.end(load)  # there will be nothing to wait for
-        if common is not None:
-            return common.part(span)
         if load.in_memory:
             return self._cache.memory(size, load.request)
         return self._cache.destination(size, head, load.request, attempt.endpoint or 0)
@@ -144,7 +144,8 @@ class Assembly:
         load, attempt, came = share.load, share.attempt, answer.byte_range
         if came is None:
             return True
-        attempt.digests |= answer.unproved
+        if answer.unproved:
+            attempt.digests |= answer.unproved
         if attempt.wanted is None:  # nothing had to be written: there is nothing where the range begins
             attempt.head, attempt.wanted = answer.head, came
             return True
@@ -152,7 +153,7 @@ class Assembly:
             return self._ends(load, answer.head, came)
         wanted = attempt.wanted
         is_all = came.start <= wanted.start and wanted.stop <= came.stop
-        part = wanted.length if is_all else _overlap(came, wanted)
+        part = wanted.stop - wanted.start if is_all else _overlap(came, wanted)
         if not load.is_provable:
             attempt.head = answer.head
             if not is_all:

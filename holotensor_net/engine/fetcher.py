@@ -276,11 +276,12 @@ class Fetcher:
         if is_dropped:
             self._scheduler.settle(load, success=False)
             self._turns.end(load)
-        self._answer(waiter, error)
+        self._answer(waiter, error, self._clock())
         if is_dropped:
             for race in idle:
                 race.stop()
-            ending()
+            if ending is not None:
+                ending()
         return True
 
     def _resolve(self, load: Load, outcome: Whole | NetworkError) -> None:
@@ -292,24 +293,26 @@ class Fetcher:
             closed = [(load, outcome, *self._books.close(load)) for load, outcome in ended if not load.done]
             idle = self._courier.idle_races() if closed else []
         self._scheduler.settle_all([(load, isinstance(outcome, Whole)) for load, outcome, _, _ in closed])
+        now = self._clock()
         for load, outcome, waiters, _ in closed:
             if load.turn is not None:
                 self._turns.end(load)
             for waiter in waiters:
-                self._answer(waiter, outcome)
+                self._answer(waiter, outcome, now)
         for race in idle:
             race.stop()
         for _, _, _, ending in closed:
-            ending()
+            if ending is not None:
+                ending()
 
-    def _answer(self, waiter: Waiter, outcome: Whole | NetworkError) -> None:
+    def _answer(self, waiter: Waiter, outcome: Whole | NetworkError, now: float) -> None:
         """Tell one who waits. Whoever took it off the load's list calls this, and so nobody else."""
         if waiter.alarm is not None:
             self._alarms.cancel(waiter.alarm)
-        duration = self._clock() - waiter.since
-        name = waiter.fragment_id
+        name, duration = waiter.request.fragment_id, now - waiter.since
         if isinstance(outcome, Whole):
-            result: LoadResult = LoadSuccess(name, outcome.data, duration, outcome.from_cache, outcome.head)
+            data, head, from_cache = outcome
+            result: LoadResult = LoadSuccess(name, data, duration, from_cache, head)
         else:
             result = LoadFailure(name, outcome, duration)
         with contextlib.suppress(InvalidStateError):  # it was cancelled
@@ -517,7 +520,7 @@ class Fetcher:
     def _leave(self, shares: list[Share]) -> None:
         """A piece has ended for these loads; whoever is the last to leave an attempt that was given up tidies up."""
         with self._lock:
-            endings = [share.attempt.leave() for share in shares]
+            endings = [ending for share in shares if (ending := share.attempt.leave()) is not None]
         for ending in endings:
             ending()
 

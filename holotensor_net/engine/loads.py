@@ -50,30 +50,26 @@ class Attempt:
     is_resumed: bool = False
     is_sound: bool = True
 
-    def leave(self) -> Callable[[], None]:
+    def leave(self) -> Callable[[], None] | None:
         """A piece has ended, and what came of it. Under the fetcher's lock; what it gives is to be called without."""
         self.in_flight -= 1
-        return self._ending()
+        return None if self.in_flight else self._ending()
 
-    def abandon(self, *, keep: bool = False) -> Callable[[], None]:
+    def abandon(self, *, keep: bool = False) -> Callable[[], None] | None:
         """Nothing of it is wanted any more, but perhaps to go on with later. Under the fetcher's lock; what it gives is
         to be called without."""
         self.abandoned = True
         self.is_sound = self.is_sound and keep
-        return self._ending()
+        return None if self.in_flight else self._ending()
 
-    def _ending(self) -> Callable[[], None]:
-        """What there is to do about its destination. Nothing while a piece is still being written: its file descriptor
+    def _ending(self) -> Callable[[], None] | None:
+        """What there is to do about its destination, now that no piece is being written any more: its file descriptor
         must not become another file's."""
         destination = self.destination
-        if destination is None or not self.abandoned or self.in_flight:
-            return _nothing
+        if destination is None or not self.abandoned:
+            return None
         self.destination = None
         return destination.keep if self.is_sound else destination.discard
-
-
-def _nothing() -> None:
-    pass
 
 
 @dataclass(slots=True, eq=False)
@@ -283,8 +279,9 @@ class Books:
         self._forget_name(load, waiter.fragment_id)
         return load
 
-    def close(self, load: Load) -> tuple[list[Waiter], Callable[[], None]]:
-        """Strike a load out; gives those who are to be told, and what is then to be called without the lock."""
+    def close(self, load: Load) -> tuple[list[Waiter], Callable[[], None] | None]:
+        """Strike a load out; gives those who are to be told, and what is then to be called without the lock, if
+        anything is."""
         load.done = True
         ending = load.attempt.abandon(keep=True)
         del self._loads[load.identity]
@@ -302,10 +299,10 @@ class Books:
         if load.waiters and any(waiter.fragment_id == name for waiter in load.waiters):
             return
         there = self._by_name.get(name)
-        if there is not load and isinstance(there, dict):
+        if isinstance(there, dict):
             there.pop(load, None)
-        if there is load or not there:
-            self._by_name.pop(name, None)
+        if there is load or there == {}:
+            del self._by_name[name]
 
 
 def identity_of(request: LoadRequest) -> object:

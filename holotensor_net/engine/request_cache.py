@@ -324,13 +324,15 @@ class RequestCache:
         views = [each.data for each in proven]
         places: list[int] = []
         taken: list[tuple[str, memoryview, CacheEntry]] = []
+        now, path, answer = self.now(), "", None
         for place, each in enumerate(proven):
             request, destination = each.request, each.destination
-            answer = self._told_by(request, endpoint, each.head, each.asked_at)
+            if answer is None or answer.head is not each.head or path != request.path:
+                answer, path = self._told_by(request, endpoint, each.head, each.asked_at), request.path
             if not answer.is_storable and not isinstance(destination, PartFile):
                 continue
             name, digest = without_query(request.fragment_id), _blake3_in(request.checksum)
-            entry = answer.entry.of(name, each.wanted.length, request.byte_range, digest, each.asked_at)
+            entry = answer.entry.of(name, each.wanted.length, request.byte_range, digest, each.asked_at, now)
             if isinstance(destination, PartFile):
                 with self._unkept():
                     views[place] = self._cache.adopt(self.key(request, endpoint), destination, entry)

@@ -118,11 +118,15 @@ class FragmentCache:
         return self._keep(key, entry, data.toreadonly(), data)
 
     def take_all(self, taken: Sequence[tuple[str, memoryview, CacheEntry]]) -> list[memoryview]:
-        """:meth:`take` for each; where there is no disk, memory takes them at one go."""
+        """:meth:`take` for each; where there is no disk, memory takes them at one go, and an entry that tells when it
+        was cached as it is."""
         if self._disk is not None or not all(entry.is_storable and len(data) == entry.size for _, data, entry in taken):
             return [self.take(*each) for each in taken]
         now = self._clock()
-        held = [(self._name(key), Held(entry.stored(now), data.toreadonly())) for key, data, entry in taken]
+        held = [
+            (self._name(key), Held(entry if entry.cached_at else entry.stored(now), data.toreadonly()))
+            for key, data, entry in taken
+        ]
         for name, _ in held:
             self._usage.forget(name)
         self._memory.put_all(held)
@@ -372,7 +376,7 @@ class _Counting(LRUCache[str, Held]):
 
     def __init__(self, limit: int) -> None:
         # An empty fragment counts as a byte: no number of them shall fit into nothing.
-        super().__init__(limit, getsizeof=lambda held: max(1, held.view.nbytes))
+        super().__init__(limit, getsizeof=lambda held: held.view.nbytes or 1)
         self.evictions = 0
         self._buffers: dict[int, tuple[int, int]] = {}  # by id: how many entries look into it, and its bytes
         self._bytes = 0

@@ -102,17 +102,28 @@ class CacheEntry:
         return _made({**self.__dict__, **times})
 
     def of(
-        self, fragment_id: str, size: int, byte_range: RangeRequest | None, digest: str | None, asked_at: float | None
+        self,
+        fragment_id: str,
+        size: int,
+        byte_range: RangeRequest | None,
+        digest: str | None,
+        asked_at: float | None,
+        now: float,
     ) -> CacheEntry:
-        """An entry for another part of the object, which came with the same answer."""
-        own = {
-            "fragment_id": fragment_id,
-            "size": size,
-            "byte_range": byte_range,
-            "digest": digest,
-            "requested_at": asked_at,
-        }
-        return _made({**self.__dict__, **own})
+        """An entry for another part of the object, which came with the same answer, as it is put into the cache."""
+        return _made(
+            {
+                **self.__dict__,
+                "fragment_id": fragment_id,
+                "size": size,
+                "byte_range": byte_range,
+                "digest": digest,
+                "requested_at": now if asked_at is None else asked_at,
+                "received_at": now,
+                "cached_at": now,
+                "last_accessed": now,
+            }
+        )
 
     def told(self, headers: Mapping[str, str]) -> CacheEntry:
         """This entry with the headers of another answer that says the same of the object; those that are ``kept``."""
