@@ -39,7 +39,7 @@ __all__ = ["CacheEntry", "CacheStats", "FragmentCache", "name_of"]
 _log = logging.getLogger("holotensor_net.cache")
 
 _LARGEST_BUFFER = 0.125
-"""Of the memory tier: of a larger buffer, a part is copied rather than that it keeps the whole."""
+"""Of the memory tier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,72 +367,42 @@ class _Tolerance:
             _log.warning("the disk cache does not take part: %s", error)
 
 
-class _Counting(LRUCache[str, Held]):
-    """The least recently used goes first, and is counted.
+class _Buffer:
+    """Memory that entries look into: one, or fragments that came together. All of it is there for as long as one of
+    them is, and so it is used, counted and let go of as a whole."""
 
-    Fragments that came together look into one buffer, all of which is there for as long as one of them is: so what is
-    held to the limit is the buffers' bytes.
-    """
+    __slots__ = ("held", "number", "size")
 
-    def __init__(self, limit: int) -> None:
-        # An empty fragment counts as a byte: no number of them shall fit into nothing.
-        super().__init__(limit, getsizeof=lambda held: held.view.nbytes or 1)
-        self.evictions = 0
-        self._buffers: dict[int, tuple[int, int]] = {}  # by id: how many entries look into it, and its bytes
-        self._bytes = 0
-
-    def popitem(self) -> tuple[str, Held]:
-        self.evictions += 1
-        return super().popitem()
-
-    def __setitem__(self, name: str, held: Held) -> None:
-        where = id(held.view.obj)
-        known = self._buffers.get(where)
-        buffer = memoryview(held.view.obj).nbytes if known is None else known[1]
-        if buffer > self.maxsize * _LARGEST_BUFFER and buffer > held.view.nbytes:
-            held = Held(held.entry, memoryview(bytes(held.view)))
-            where, buffer = id(held.view.obj), held.view.nbytes
-        if name in self:
-            del self[name]
-        super().__setitem__(name, held)
-        known = self._buffers.get(where)
-        count = 0 if known is None else known[0]
-        self._buffers[where] = count + 1, buffer
-        self._bytes += 0 if count else buffer
-        while self._bytes > self.maxsize:
-            self.popitem()
-
-    def __delitem__(self, name: str) -> None:
-        where = id(self[name].view.obj)
-        super().__delitem__(name)
-        count, buffer = self._buffers[where]
-        if count > 1:
-            self._buffers[where] = count - 1, buffer
-        else:
-            del self._buffers[where]
-            self._bytes -= buffer
+    def __init__(self, number: int, size: int) -> None:
+        self.number = number
+        self.size = size
+        self.held: dict[str, Held] = {}
 
 
 class _MemoryTier:
-    """The entries used last, as many as fit into ``limit`` bytes; 0 for none. The lock guards the LRU."""
+    """The buffers used last, as many as fit into ``limit`` bytes, by their entries; 0 for none. The lock guards all."""
 
     def __init__(self, limit: int) -> None:
-        self._held = _Counting(limit)
+        # An empty fragment counts as a byte: no number of them shall fit into nothing.
+        self._buffers: LRUCache[int, _Buffer] = LRUCache(limit, getsizeof=lambda buffer: buffer.size or 1)
+        self._by_name: dict[str, _Buffer] = {}
+        self._latest: _Buffer | None = None
         self._lock = threading.Lock()
+        self.evictions = 0
 
     @property
     def size(self) -> int:
-        return int(self._held.currsize)
-
-    @property
-    def evictions(self) -> int:
-        return self._held.evictions
+        return int(self._buffers.currsize)
 
     def get(self, name: str) -> Held | None:
-        if name not in self._held:  # a glance without the lock
+        if name not in self._by_name:  # a glance without the lock
             return None
         with self._lock:
-            return self._held.get(name)
+            buffer = self._by_name.get(name)
+            if buffer is None:
+                return None
+            self._buffers.get(buffer.number)  # it is used
+            return buffer.held[name]
 
     def put(self, name: str, held: Held) -> None:
         """Hold it, or, where it is too large, at least not what was there before."""
@@ -442,29 +412,70 @@ class _MemoryTier:
         """:meth:`put` for each."""
         with self._lock:
             for name, held in items:
-                try:
-                    self._held[name] = held
-                except ValueError:
-                    self._held.pop(name, None)
+                latest = self._latest
+                if latest is None or latest.number != id(held.view.obj) or not latest.held:
+                    held, latest = self._placed(held)
+                before = self._by_name.get(name)
+                if before is not None and before is not latest:
+                    self._remove(name, before)
+                if latest is not None:
+                    latest.held[name] = held
+                    self._by_name[name] = latest
+                self._latest = latest
+
+    def _placed(self, held: Held) -> tuple[Held, _Buffer | None]:
+        """Bytes in the buffer that is counted for them, None where it is too large. Of one that would take much of all
+        the room a part is copied rather than that it keeps the whole."""
+        known = self._buffers.get(id(held.view.obj))
+        if known is not None:
+            return held, known
+        size = memoryview(held.view.obj).nbytes
+        if size > self._buffers.maxsize * _LARGEST_BUFFER and size > held.view.nbytes:
+            held = Held(held.entry, memoryview(bytes(held.view)))
+            size = held.view.nbytes
+        buffer = _Buffer(id(held.view.obj), size)
+        if (size or 1) > self._buffers.maxsize:
+            return held, None
+        while self._buffers.currsize + (size or 1) > self._buffers.maxsize:
+            _, oldest = self._buffers.popitem()
+            self.evictions += len(oldest.held)
+            self._forget(oldest)
+        self._buffers[buffer.number] = buffer
+        return held, buffer
+
+    def _forget(self, buffer: _Buffer) -> None:
+        for name in buffer.held:
+            del self._by_name[name]
+        buffer.held.clear()
+
+    def _remove(self, name: str, buffer: _Buffer) -> None:
+        del self._by_name[name], buffer.held[name]
+        if not buffer.held:
+            del self._buffers[buffer.number]
 
     def update(self, name: str, entry: CacheEntry) -> None:
         """Replace what is known of bytes that are held; do nothing if they are not, or are others by now."""
         with self._lock:
-            held = self._held.get(name)
-            if held is not None and _version(held.entry) == _version(entry):
-                held.entry = entry
+            buffer = self._by_name.get(name)
+            if buffer is not None and _version(buffer.held[name].entry) == _version(entry):
+                buffer.held[name].entry = entry
 
     def drop(self, name: str) -> None:
         with self._lock:
-            self._held.pop(name, None)
+            buffer = self._by_name.get(name)
+            if buffer is not None:
+                self._remove(name, buffer)
 
     def clear(self) -> None:
         with self._lock:
-            self._held.clear()
+            for buffer in self._buffers.values():
+                buffer.held.clear()
+            self._by_name.clear()
+            self._buffers.clear()
 
     def names(self) -> set[str]:
         with self._lock:
-            return set(self._held)
+            return set(self._by_name)
 
 
 def _lasting(view: memoryview, data: PartFile | memoryview, entry: CacheEntry) -> memoryview:

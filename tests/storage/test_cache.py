@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
+from cachetools import LRUCache
 
 from holotensor_net.config import CacheConfig
 from holotensor_net.errors import CacheError, ChecksumMismatch, InsufficientDisk
@@ -366,7 +367,7 @@ class TestMemoryTier:
         assert {"3-0", "new"} <= tier.names()
         for name in tier.names():
             tier.drop(name)
-        assert (tier._held._bytes, tier._held._buffers) == (0, {})
+        assert (tier.size, len(tier._buffers)) == (0, 0)
 
     def test_of_a_large_buffer_a_part_is_copied(self) -> None:
         tier = room._MemoryTier(1000)
@@ -392,34 +393,56 @@ class TestMemoryTier:
 
     def test_lru_is_never_touched_without_the_lock(self) -> None:
         """Unlocked, it breaks under threads, but too rarely for a test to wait for it."""
-        tier = room._MemoryTier(50)
-        touched: list[str] = []
+        tier = room._MemoryTier(2)
+        touched: set[str] = set()
 
-        class Watched(room._Counting):
+        class Watched(LRUCache[int, room._Buffer]):
             def __getattribute__(self, name: str) -> object:
-                if name in ("get", "pop", "clear"):
+                if name in ("get", "popitem", "clear"):
                     assert tier._lock.locked(), name
-                    touched.append(name)
+                    touched.add(name)
                 return super().__getattribute__(name)
 
-            def __setitem__(self, key: str, value: Held) -> None:
+            def __setitem__(self, key: int, value: room._Buffer) -> None:
                 assert tier._lock.locked()
                 super().__setitem__(key, value)
 
-            def __iter__(self) -> Iterator[str]:
+            def __delitem__(self, key: int) -> None:
                 assert tier._lock.locked()
-                return super().__iter__()
+                super().__delitem__(key)
 
-        tier._held = Watched(50)
+        tier._buffers = Watched(2)
         entry = CacheEntry("a", 1)
-        tier.put("a", Held(entry, memoryview(b"a")))
-        assert tier.get("a") is not None
-        tier.update("a", entry)
-        assert tier.names() == {"a"}
-        tier.drop("a")
+        for name in "abc":
+            tier.put(name, Held(entry, memoryview(name.encode())))
+        assert tier.get("a") is None
+        assert tier.get("b") is not None
+        tier.update("b", entry)
+        assert tier.names() == {"b", "c"}
+        tier.drop("b")
         tier.clear()
-        assert tier.size == 0
-        assert set(touched) == {"get", "pop", "clear"}
+        assert (tier.size, tier.evictions) == (0, 1)
+        assert touched == {"get", "popitem", "clear"}
+
+    def test_what_came_together_is_used_and_let_go_together(self) -> None:
+        tier = room._MemoryTier(1000)
+
+        def put(*names: str) -> None:
+            buffer = bytes(100)
+            tier.put_all([(name, Held(CacheEntry(name, 10), memoryview(buffer)[:10])) for name in names])
+
+        put("a", "b")
+        for number in range(9):
+            put(f"{number}")
+        assert tier.get("a") is not None
+        put("new")
+        assert {"a", "b"} <= tier.names()
+        assert "0" not in tier.names()
+        put("b")  # anew, from elsewhere
+        assert ({"a", "b"} <= tier.names(), tier.size) == (True, 1000)
+        for name in ("a", "b"):
+            tier.drop(name)
+        assert tier.size == 800
 
     def test_hit_needs_no_disk(self, open_cache: Open, tmp_path: Path) -> None:
         cache = open_cache(memory_size=1000)
