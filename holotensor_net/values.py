@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeAlias, TypeVar
 
 from .errors import ConfigurationError, NetworkError, without_query
 
@@ -61,8 +61,11 @@ class RangeRequest:
     stop: int
 
     def __post_init__(self) -> None:
+        start, stop = self.start, self.stop
+        if type(start) is int and type(stop) is int and 0 <= start <= stop:  # what follows takes longer than all else
+            return
         try:
-            sound = 0 <= operator.index(self.start) <= operator.index(self.stop)
+            sound = 0 <= operator.index(start) <= operator.index(stop)
         except TypeError:
             sound = False
         if not sound:
@@ -169,9 +172,10 @@ class LoadRequest(_Discreet):
         size = self.expected_size
         if size is not None and not (isinstance(size, (int, Integral)) and size >= 0):
             self._refuse("expected_size", "a number of bytes, or None")
-        if isinstance(self.byte_range, tuple) and len(self.byte_range) == 2:
-            object.__setattr__(self, "byte_range", RangeRequest(*self.byte_range))
-        if self.byte_range is not None and not isinstance(self.byte_range, RangeRequest):
+        wanted = self.byte_range
+        if isinstance(wanted, tuple) and len(wanted) == 2:
+            object.__setattr__(self, "byte_range", RangeRequest(*wanted))
+        elif wanted is not None and not isinstance(wanted, RangeRequest):
             self._refuse("byte_range", "a RangeRequest, a pair of numbers, or None")
         if self.checksum is not None and not (isinstance(self.checksum, str) and _CHECKSUM.fullmatch(self.checksum)):
             self._refuse("checksum", "'blake3:' or 'sha256:' and 64 lower-case hex digits")
@@ -199,8 +203,8 @@ class LoadSuccess(_Discreet):
     duration: float = 0.0
     from_cache: bool = False
     head: HeadInfo | None = field(default=None, repr=False)
-    is_success: Literal[True] = field(default=True, init=False, repr=False)
-    error: None = field(default=None, init=False, repr=False)
+    is_success: ClassVar[Literal[True]] = True
+    error: ClassVar[None] = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -210,8 +214,8 @@ class LoadFailure(_Discreet):
     fragment_id: str
     error: NetworkError
     duration: float = 0.0
-    from_cache: bool = field(default=False, init=False, repr=False)
-    is_success: Literal[False] = field(default=False, init=False, repr=False)
+    from_cache: ClassVar[bool] = False
+    is_success: ClassVar[Literal[False]] = False
 
     @property
     def data(self) -> NoReturn:

@@ -198,25 +198,26 @@ class Assembly:
         request, head, wanted = load.request, attempt.head, attempt.wanted
         assert head is not None
         assert wanted is not None
-        if request.byte_range is not None and wanted.length < request.byte_range.length and not request.allow_short:
+        asked, size = request.byte_range, wanted.stop - wanted.start
+        if asked is not None and size < asked.length and not request.allow_short:
             raise HttpError(416, f"the object has {wanted.stop} bytes and ends before the range asked for")
         if attempt.destination is None:
-            attempt.destination = self._cache.destination(wanted.length, head)
+            attempt.destination = self._cache.destination(size, head)
         destination = attempt.destination
         data = destination.view()
-        if len(data) > wanted.length:  # an earlier go was longer
-            destination.truncate(wanted.length)
+        if len(data) > size:  # an earlier go was longer
+            destination.truncate(size)
             data = destination.view()
-        if len(data) < wanted.length:
-            raise ObjectChanged(f"the object has {wanted.length} bytes now, not {len(data)}")
-        if request.expected_size is not None and len(data) != request.expected_size:
-            raise ObjectChanged(f"the fragment has {len(data)} bytes, not the {request.expected_size} expected")
+        if len(data) < size:
+            raise ObjectChanged(f"the object has {size} bytes now, not {len(data)}")
+        if request.expected_size is not None and size != request.expected_size:
+            raise ObjectChanged(f"the fragment has {size} bytes, not the {request.expected_size} expected")
         if request.checksum is not None:
             _check(destination, data, request.checksum)
-        if request.byte_range is None:
+        if asked is None:
             check_digests(data, attempt.digests)
-        if head.size is None and request.byte_range is None:
-            head = replace(head, size=len(data))
+            if head.size is None:
+                head = replace(head, size=size)
         return Proven(request, head, wanted, destination, data, attempt.asked_at)
 
     def kept(self, proven: list[Proven], endpoint: int) -> list[Whole]:

@@ -471,7 +471,7 @@ class Fetcher:
             shares = []
             for part in piece.parts:
                 load = part.fragment
-                if isinstance(load, Load) and not load.done and not part.is_stale:
+                if isinstance(load, Load) and load.state is part.plan and not load.done:
                     load.attempt.in_flight += 1
                     shares.append(Share(load, load.attempt, part))
             return shares

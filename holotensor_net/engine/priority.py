@@ -60,6 +60,10 @@ class PrioritizedFragment:
         return self.request.importance
 
     @property
+    def is_queued(self) -> bool:
+        return self._arrival != _NOT_QUEUED
+
+    @property
     def place(self) -> int:
         """Where it stands among those of equal urgency, as long as it is queued."""
         return self._arrival

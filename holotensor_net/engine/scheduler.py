@@ -52,7 +52,7 @@ class Plan:
     ``place`` is the one that it had in the queue, and will have again: what was begun is ended before its equals begin.
     """
 
-    pending: list[RangeRequest]
+    pending: tuple[RangeRequest, ...]
     stop: int
     whole: bool = False
     queued: bool = True
@@ -245,9 +245,9 @@ class Scheduler:
                 return
             plan = self._plan(fragment)
             plan.whole = plan.whole if whole is None else whole
-            for byte_range in ranges:
-                plan.pending.append(byte_range)
-                plan.stop = max(plan.stop, byte_range.stop)
+            further = tuple(ranges)
+            plan.pending += further
+            plan.stop = max([plan.stop, *[byte_range.stop for byte_range in further]])
             self._parked.discard(fragment)
             self._withdrawn.discard(fragment)
             if not plan.queued:
@@ -261,7 +261,7 @@ class Scheduler:
             if self._closed or fragment.state is _SETTLED:
                 return
             self._drop(fragment)
-            fragment.state = Plan([], 0, queued=False)
+            fragment.state = Plan((), 0, queued=False)
             self._parked.add(fragment)
             self._withdrawn.add(fragment)
             self._room.notify_all()
@@ -282,7 +282,7 @@ class Scheduler:
             if self._closed or fragment.state is _SETTLED:
                 return
             self._drop(fragment)
-            left = list(rest)
+            left = tuple(rest)
             fragment.state = Plan(left, stop) if left else None
             self._put(fragment, alone=alone, whole=whole)
             self._changed.notify()
@@ -364,8 +364,10 @@ class Scheduler:
             for fragment, success in ended:
                 was_queued |= self._drop(fragment)
                 fragment.state = _SETTLED
-                self._completed += success
-                self._failed += not success
+                if success:
+                    self._completed += 1
+                else:
+                    self._failed += 1
             if was_queued:
                 self._changed.notify_all()
             self._room.notify_all()
@@ -633,7 +635,7 @@ class Scheduler:
         wanted = fragment.request.byte_range
         if whole:
             opening = _opening(fragment.request, self._modest)
-            fragment.state = Plan([opening], opening.stop, whole=True)
+            fragment.state = Plan((opening,), opening.stop, whole=True)
         elif not alone and wanted is not None and wanted.length <= self._short and not fragment.request.allow_short:
             self._shorts.add(fragment, wanted)
         self._is_urgent_queued |= fragment.priority == Priority.CRITICAL
@@ -645,7 +647,7 @@ class Scheduler:
             is_safe = _is_safe(fragment.request)
             if not is_safe:
                 wanted = RangeRequest(wanted.start, min(wanted.stop, wanted.start + self._modest))
-            fragment.state = Plan([wanted], wanted.stop, whole=not is_safe)
+            fragment.state = Plan((wanted,), wanted.stop, whole=not is_safe)
         assert isinstance(fragment.state, Plan)
         return fragment.state
 
@@ -715,7 +717,7 @@ class Scheduler:
 
     def _take_range(self, fragment: PrioritizedFragment) -> RangeRequest:
         plan = self._plan(fragment)
-        wanted = plan.pending.pop(0)
+        wanted, *rest = plan.pending
         if not plan.whole and wanted.length and fragment not in self._shorts:  # shorts are joined as they are
             lane = self.lanes[fragment.lane]
             size = self._piece_size(lane)
@@ -724,9 +726,10 @@ class Scheduler:
             request = fragment.request
             first = cut(wanted, size, start=request.byte_range.start if request.byte_range is not None else 0)
             if first.stop < wanted.stop:
-                plan.pending.insert(0, RangeRequest(first.stop, wanted.stop))
+                rest.insert(0, RangeRequest(first.stop, wanted.stop))
                 wanted = first
-        if not plan.pending:
+        plan.pending = tuple(rest)
+        if not rest:
             plan.place = fragment.place
             self._queue_of(fragment).discard(fragment)
             plan.queued = False
@@ -757,7 +760,7 @@ class Scheduler:
         for fragment in whole:
             wanted = fragment.request.byte_range
             assert wanted is not None
-            plan = Plan([], wanted.stop, not _is_safe(fragment.request), False, fragment.place)
+            plan = Plan((), wanted.stop, not _is_safe(fragment.request), False, fragment.place)
             fragment.state = plan
             parts.append(Part(fragment, wanted, plan))
         if whole:
@@ -782,9 +785,10 @@ class Scheduler:
 
     def _drop(self, fragment: PrioritizedFragment) -> bool:
         """Forget a fragment; whether something of it was still to be handed out."""
-        was_queued = self._queue_of(fragment).discard(fragment)
         self._parked.discard(fragment)
-        self._withdrawn.discard(fragment)
+        if self._withdrawn:
+            self._withdrawn.discard(fragment)
+        was_queued = fragment.is_queued and self._queue_of(fragment).discard(fragment)
         if was_queued:
             self._shorts.discard(fragment)
         return was_queued

@@ -307,16 +307,13 @@ class FragmentCache:
         return names
 
     def _entry(self, name: str, *, unseen: bool = False) -> CacheEntry | None:
-        with self._tolerant:
-            return self._known(name, unseen=unseen)
-        return None
-
-    def _known(self, name: str, *, unseen: bool = False) -> CacheEntry | None:
-        """Raises CacheError."""
         held = self._memory.get(name)
         if held is not None:
             return held.entry
-        return None if self._disk is None else self._disk.entry(name, unseen=unseen)
+        if self._disk is not None:
+            with self._tolerant:
+                return self._disk.entry(name, unseen=unseen)
+        return None
 
     def _from_disk(self, name: str, known: CacheEntry | None) -> Held | None:
         if self._disk is not None:
