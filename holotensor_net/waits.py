@@ -29,7 +29,8 @@ def attentively(wait: Callable[[float], object], timeout: float | None = None) -
 
 
 class Latch:
-    """A lock that is held for microseconds, by many threads in turn. Not to be taken twice by one thread.
+    """A lock that is held for microseconds, by many threads in turn. Threads of pools, in which no interrupt comes, may
+    take it again while they have it.
 
     Who waits for a ``threading.Lock`` has it from the moment at which it is given up, but runs only when the
     interpreter comes round to that thread; the one that runs meanwhile wants the lock again, and stops in its turn.
@@ -61,3 +62,7 @@ class Latch:
         return True
 
     __enter__ = acquire
+
+    def condition(self) -> threading.Condition:
+        """One that stands on this lock."""
+        return threading.Condition(self)  # type: ignore[arg-type]

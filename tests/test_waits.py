@@ -150,7 +150,7 @@ def test_a_latch_lets_one_thread_in_at_a_time() -> None:
 
 
 def test_a_condition_stands_on_a_latch() -> None:
-    changed = threading.Condition(Latch())  # type: ignore[arg-type]
+    changed = Latch().condition()
     given: list[int] = []
     taken: list[int] = []
 

@@ -86,7 +86,7 @@ class Courier:
         self._recovery = recovery
         self._alarms = alarms
         self._lock = lock
-        self._changed = threading.Condition(lock)  # type: ignore[arg-type]  # routes changed
+        self._changed = lock.condition()  # routes changed
         self._closing = closing
         self._submit = submit
         self._on_bytes = on_bytes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 from ..config import NetworkConfig, SchedulerConfig
 from ..errors import ConfigurationError, Timeout
 from ..values import LoadRequest, Priority, RangeRequest
-from ..waits import attentively
+from ..waits import Latch, attentively
 from .bandwidth import BandwidthMonitor
 from .lanes import Lane, may_begin
 from .neighbours import Neighbours
@@ -137,9 +136,9 @@ class Scheduler:
         self.config = replace(own, max_concurrent=min(own.max_concurrent, sum([ceiling for ceiling, _ in hosts])))
         self._clock = clock
         self.dropped: Callable[[PrioritizedFragment], object] = lambda fragment: None
-        lock = threading.RLock()
-        self._changed = threading.Condition(lock)  # for whoever waits for a piece
-        self._room = threading.Condition(lock)  # for whoever waits for the queue to grow shorter
+        lock = Latch()
+        self._changed = lock.condition()  # for whoever waits for a piece
+        self._room = lock.condition()  # for whoever waits for the queue to grow shorter
         # Bytes of a piece that goes alone, or brings others along: where the rate does not tell what is long.
         self._modest = min(self.config.chunk_size, _MODEST)
         self._short = self._modest // 4
@@ -167,7 +166,7 @@ class Scheduler:
         self._failed = 0
         self._closed = False
         self._sleeping = 0  # threads that wait for a piece
-        self._calm = threading.Condition(lock)  # for whoever gives way to CRITICAL
+        self._calm = lock.condition()  # for whoever gives way to CRITICAL
         self._in_flight: dict[Piece, Lane] = {}
         self._urgent = 0  # pieces of level CRITICAL in flight
         self._urgent_at = clock()  # when the last byte of theirs came
