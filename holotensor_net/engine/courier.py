@@ -116,7 +116,7 @@ class Courier:
         for endpoint in order:
             try:
                 return self._clients[endpoint].describe(
-                    path, patience, on_request=lambda: self._keep_rate(patience, Sender(Priority.NORMAL))
+                    path, patience, on_request=lambda: self._keep_rate(patience, Priority.NORMAL)
                 )
             except (Cancelled, DeadlineExceeded):
                 raise
@@ -153,11 +153,11 @@ class Courier:
                     raise copy.copy(choice)
                 if choice is None:
                     raise RetriesExhausted(message="no endpoint is left to ask")
-                if patience is not None:
-                    self._changed.wait(patience.remaining(choice.seconds))
-            if patience is not None:
-                patience.check()
-            patience = patience or self._patience(shares)
+                if patience is None:
+                    patience = self._patience(shares)
+                    continue
+                self._changed.wait(patience.remaining(choice.seconds))
+            patience.check()
 
     def is_accepted(self, piece: Piece, endpoint: int) -> bool:
         """Whether an endpoint that was chosen may be asked now; else the piece is queued for it, and done with."""
@@ -193,52 +193,52 @@ class Courier:
         return load.attempt.endpoint if is_begun else None
 
     def _ask(self, piece: Piece, shares: list[Share], endpoint: int) -> Ask:
-        """What to ask the endpoint for."""
+        """What to ask the endpoint for. With the lock held."""
         lead, now = shares[0], self._now()
         load, attempt, wanted = lead.load, lead.attempt, piece.byte_range
         request = load.request
         # The whole object, where a range was asked for, does only if no other piece is to be had, or on its way.
         is_all = request.byte_range is None and (wanted.start, wanted.stop) == (0, lead.part.plan.stop)
-        with self._lock:
-            moved = attempt.endpoint is not None and attempt.endpoint != endpoint
-            if moved and not load.is_provable:
-                raise Moved("another endpoint may have another version")
-            attempt.endpoint = endpoint
-            for share in shares:
-                share.attempt.asked_at = share.attempt.asked_at or now
-            # Only the endpoint that gave a validator can confirm it.
-            held = load.held if load.held is not None and load.held.endpoint == endpoint else None
-            return Ask(
-                path=request.path,
-                byte_range=None if load.whole else wanted,
-                size=attempt.head.size if attempt.head is not None else _known_size(request),
-                pinned=None if moved and request.checksum is not None else load.version,
-                held=held.entry.validator if held is not None and attempt.head is None else None,
-                allow_short=request.allow_short,
-                or_whole=is_all,
-            )
+        moved = attempt.endpoint is not None and attempt.endpoint != endpoint
+        if moved and not load.is_provable:
+            raise Moved("another endpoint may have another version")
+        attempt.endpoint = endpoint
+        for share in shares:
+            share.attempt.asked_at = share.attempt.asked_at or now
+        # Only the endpoint that gave a validator can confirm it.
+        held = load.held if load.held is not None and load.held.endpoint == endpoint else None
+        return Ask(
+            path=request.path,
+            byte_range=None if load.whole else wanted,
+            size=attempt.head.size if attempt.head is not None else _known_size(request),
+            pinned=None if moved and request.checksum is not None else load.version,
+            held=held.entry.validator if held is not None and attempt.head is None else None,
+            allow_short=request.allow_short,
+            or_whole=is_all,
+        )
 
     def transfer(self, piece: Piece, shares: list[Share], endpoint: int) -> tuple[int, Answer]:
         """Bring a piece from an endpoint, or from another one where that is slow; gives which, and what it said."""
-        race = Race(shares, self._ask(piece, shares, endpoint), endpoint, self._clock())
         with self._lock:
+            race = Race(shares, self._ask(piece, shares, endpoint), endpoint, self._clock())
             is_alone = self._alternative(shares, endpoint) is None
-        patience = self._patience(
-            shares, race.first, silence=LONGEST_RETRY_AFTER if is_alone else _SHORTER_THAN_TO_MOVE
-        )
+            patience = self._patience(
+                shares, race.first, silence=LONGEST_RETRY_AFTER if is_alone else _SHORTER_THAN_TO_MOVE
+            )
+            self._start(race)
 
         def open_sink(head: HeadInfo, coming: RangeRequest | None) -> Write:
             race.headed = race.headed or self._clock()
             self._scheduler.lanes[endpoint].monitor.record_round_trip(race.headed - race.began)
             return self._assembly.open(shares, head, coming)
 
-        self._start(race)
+        has_delivered = False
         try:
             answer = self._clients[endpoint].transfer(
                 race.ask,
                 open_sink,
                 patience,
-                on_request=lambda: self._keep_rate(patience, Sender(piece.priority, piece), race),
+                on_request=lambda: self._keep_rate(patience, piece.priority, piece, race),
                 on_bytes=lambda size: self._pace(size, piece, patience, race),
                 on_retry=lambda error: self._note_retry(error, endpoint),
                 may_retry=lambda error: not self._is_crowded(error, endpoint),
@@ -248,6 +248,7 @@ class Courier:
             )
             if race.second is not None:
                 self._check_sealed(shares)
+            has_delivered = True
         except NetworkError as error:
             if is_refusal(error):  # before its connection is given to another piece
                 self._scheduler.refused(endpoint)
@@ -259,42 +260,42 @@ class Courier:
             if isinstance(error, ChecksumMismatch):
                 with self._lock:
                     self._report(endpoint, error)
-            self._time(race, has_delivered=False)
+            with self._lock:
+                self._time(race)
             return prize.endpoint, self._take_over(race, prize)
         finally:
             race.end()
             with self._lock:
                 self._races.discard(race)
+                if has_delivered:
+                    self._routes.delivered(endpoint, (race.headed or self._clock()) - race.began, self._clock())
+                    self._time(race)
             if race.alarm is not None:
                 self._alarms.cancel(race.alarm)
-        self._time(race, has_delivered=True)
         return endpoint, answer
 
     # -- what is slow is asked for twice
 
     def _start(self, race: Race) -> None:
+        """A piece is about to be asked for. With the lock held."""
+        if self._closing.is_set():
+            raise Cancelled("the loader is closed: make a new one")
+        self._races.add(race)
         wanted = race.ask.byte_range
-        with self._lock:
-            if self._closing.is_set():
-                raise Cancelled("the loader is closed: make a new one")
-            self._races.add(race)
-            if wanted is None or race.ask.held is not None or race.ask.allow_short or not self._may_hedge:
-                return
-            pause = self._hedging.begin(race.endpoint, wanted.length)
-            if pause is not None:
-                race.pause = pause
-                race.alarm = self._alarms.at(race.began + pause, race, self._is_slow)
+        if wanted is None or race.ask.held is not None or race.ask.allow_short or not self._may_hedge:
+            return
+        pause = self._hedging.begin(race.endpoint, wanted.length)
+        if pause is not None:
+            race.pause = pause
+            race.alarm = self._alarms.at(race.began + pause, race, self._is_slow)
 
-    def _time(self, race: Race, *, has_delivered: bool) -> None:
-        """Learn from how long the first of a race took, were it cut or not."""
+    def _time(self, race: Race) -> None:
+        """Learn from how long the first of a race took, were it cut or not. With the lock held."""
         now, wanted = self._clock(), race.ask.byte_range
-        with self._lock:
-            if has_delivered:
-                self._routes.delivered(race.endpoint, (race.headed or now) - race.began, now)
-            if wanted is not None:
-                headed = race.headed or now
-                body = now - headed - race.rested
-                self._hedging.measured(race.endpoint, headed - race.began, wanted.length, body)
+        if wanted is not None:
+            headed = race.headed or now
+            body = now - headed - race.rested
+            self._hedging.measured(race.endpoint, headed - race.began, wanted.length, body)
 
     def _is_slow(self, race: Race) -> None:
         """A piece takes longer than nearly all others did: ask another endpoint too, if that is safe and allowed."""
@@ -340,7 +341,8 @@ class Courier:
         """Bring a piece from a second endpoint into a place of its own."""
         assert ask.byte_range is not None
         place = Private(ask.byte_range)
-        patience = self._patience(race.shares, own.interrupt)
+        with self._lock:
+            patience = self._patience(race.shares, own.interrupt)
         began = headed = self._clock()
 
         def open_sink(_: HeadInfo, __: RangeRequest | None) -> Write:
@@ -353,7 +355,7 @@ class Courier:
                 ask,
                 open_sink,
                 patience,
-                on_request=lambda: self._keep_rate(patience, Sender(race.shares[0].part.fragment.priority)),
+                on_request=lambda: self._keep_rate(patience, race.shares[0].part.fragment.priority),
                 on_bytes=lambda size: patience.sleep(self._note_bytes(size, None, endpoint)),
                 on_retry=lambda error: self._note_retry(error, endpoint),
                 interrupt=own.interrupt,
@@ -404,21 +406,29 @@ class Courier:
     def _patience(
         self, shares: list[Share], interrupt: Interrupt | None = None, *, silence: float = LONGEST_RETRY_AFTER
     ) -> Patience:
-        """As long as the most patient of those who wait, and only while somebody does."""
-        with self._lock:
-            ends = [waiter.until for share in shares for waiter in share.load.waiters]
+        """As long as the most patient of those who wait, and only while somebody does. With the lock held."""
+
+        def is_pointless() -> bool:
+            return self._closing.is_set() or _are_given_up(shares)
+
+        ends = [waiter.until for share in shares for waiter in share.load.waiters]
         known = [end for end in ends if end is not None]
         return Patience(
             deadline=max(known) if known and len(known) == len(ends) else None,
             silence=silence,
             closing=self._closing if interrupt is None else interrupt.fired,
-            cancelled=lambda: self._closing.is_set() or all(share.attempt.abandoned for share in shares),
+            cancelled=is_pointless,
             clock=self._clock,
         )
 
-    def _keep_rate(self, patience: Patience, sender: Sender, race: Race | None = None) -> None:
+    def _keep_rate(
+        self, patience: Patience, level: Priority, piece: Piece | None = None, race: Race | None = None
+    ) -> None:
         """Before a request: wait until ``max_requests_per_second`` allows it. What is asked for besides the pieces is
         told at once if it would wait beyond its deadline; a piece may find others who wait for longer."""
+        if self._config.max_requests_per_second is None:
+            return
+        sender = Sender(level, piece)
         try:
             while (delay := self._scheduler.charge(sender)) > 0:
                 if race is None and not patience.outlasts(delay):
@@ -511,6 +521,14 @@ class Courier:
             self._routes.failed(endpoint, error, now)
         self._routes.released(endpoint)
         return False
+
+
+def _are_given_up(shares: list[Share]) -> bool:
+    """Whether nobody wants any of these. A loop, as it is asked with every block."""
+    for share in shares:  # noqa: SIM110
+        if not share.attempt.abandoned:
+            return False
+    return True
 
 
 def _known_size(request: LoadRequest) -> int | None:

@@ -101,6 +101,8 @@ class Host:
         self._status = 503
 
     def earn(self, retries: float) -> None:
+        if self._retries >= _RESERVE:  # a glance: nearly all transfers go well
+            return
         with self._lock:
             self._retries = min(_RESERVE, self._retries + retries)
 
@@ -120,6 +122,8 @@ class Host:
 
     def refusal(self, now: float) -> RateLimited | None:
         """What the host would say to a request now, with the seconds that are left; None if it may be asked."""
+        if self._silent_until <= now:  # a glance, as it is asked before each request
+            return None
         with self._lock:
             seconds = self._silent_until - now
             return RateLimited(status=self._status, retry_after=seconds) if seconds > 0 else None
@@ -171,8 +175,9 @@ class Allowance:
         return is_paid
 
     def give_back(self) -> None:
-        self._host.earn(self._spent)
-        self._spent = 0
+        if self._spent:
+            self._host.earn(self._spent)
+            self._spent = 0
 
 
 def _is_burden(error: NetworkError) -> bool:
