@@ -55,6 +55,8 @@ _LONGEST = 1e6  # seconds; beyond some 1e9, settimeout raises OverflowError
 _HARDLY = 0.05  # seconds
 _WIDE = 8 << 20  # bytes of a receive buffer, enough for any path
 _ACCOUNTED = 2 if sys.platform == "linux" else 1  # socket(7): SO_RCVBUF is doubled, for the kernel's own bookkeeping
+_CLOSED_MEANWHILE = contextlib.suppress(BrokenPipeError, ConnectionResetError)  # there may be an answer all the same
+_FULL = contextlib.suppress(BlockingIOError)
 _UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 
@@ -571,7 +573,7 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
             return answer
 
         def _asked(self, head: bytes) -> Answer:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it closed
+            with _CLOSED_MEANWHILE:
                 self._send_at_once(head)
             answer = Answer(self._reader(), method="GET")
             try:
@@ -588,14 +590,14 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
             """``send``, in one system call where that will do: a socket with a timeout asks first whether it may."""
             sent = 0
             if type(self.sock) is socket.socket and os.name == "posix" and self.sock.gettimeout():
-                with contextlib.suppress(BlockingIOError):
+                with _FULL:
                     sent = os.write(self.sock.fileno(), head)
             if sent < len(head):
                 self.send(head[sent:])
 
         def _asked_at_length(self, target: str, headers: Mapping[str, str]) -> Answer:
             names = {name.lower() for name in headers}
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            with _CLOSED_MEANWHILE:
                 self.putrequest(
                     "GET", target, skip_host="host" in names, skip_accept_encoding="accept-encoding" in names
                 )

@@ -16,6 +16,8 @@ from .digests import LINKED, Claim, Digest, announced, linked
 
 __all__ = ["Answer", "Ask", "OpenSink", "Room", "Transfer", "Write"]
 
+_DIGESTS = frozenset(("content-digest", "repr-digest", LINKED))
+
 Write: TypeAlias = Callable[[int, memoryview], None]
 """Takes bytes at an absolute offset of the object."""
 
@@ -98,9 +100,11 @@ class Transfer:
 
     def missing(self) -> RangeRequest | None:
         """The range to ask for next, None for a plain GET: of an object that is empty, there is no range."""
-        if self.ask.byte_range is None or self.stop is None or self.stop == self.position:
+        wanted, stop = self.ask.byte_range, self.stop
+        if wanted is None or stop is None or stop == self.position:
             return None
-        return RangeRequest(self.position, self.stop)
+        is_all = wanted.start == self.position and wanted.stop == stop
+        return wanted if is_all else RangeRequest(self.position, stop)
 
     def held(self) -> Validator | None:
         """The validator to offer with the next request, None where a 304 would be no answer."""
@@ -135,6 +139,8 @@ class Transfer:
 
     def expect(self, headers: Mapping[str, str], length: int | None) -> None:
         """Hold the body that is to come, ``length`` bytes if that is known, against the digests that its head names."""
+        if _DIGESTS.isdisjoint(headers):
+            return
         stop = None if length is None else self.position + length
         if own := announced(headers.get("content-digest")):
             self.claims.append(Claim(self.position, stop, own))
@@ -191,6 +197,8 @@ class Transfer:
 
     def _settle(self, is_due: Callable[[Claim], bool]) -> None:
         """Check what can be. What is wrong is not kept, nor what came under the same promise before it."""
+        if not self.claims:
+            return
         due = [claim for claim in self.claims if is_due(claim)]
         try:
             for claim in due:
