@@ -63,7 +63,8 @@ _SHORTER_THAN_TO_MOVE = 1.0
 class Courier:
     """Brings pieces. ``lock``, the fetcher's, guards the loads, the routes and the counts: ``requests`` that were sent
     for what came, ``retries`` after a failure, ``hedges`` beside one that was slow. ``submit`` runs what is asked for
-    twice on a thread of the pool; ``on_bytes`` is told whenever some have come; ``closing`` ends every wait."""
+    twice on a thread of the pool; ``on_rise`` is told whenever more connections may be used; ``closing`` ends every
+    wait."""
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class Courier:
         *,
         closing: threading.Event,
         submit: Callable[..., Any],
-        on_bytes: Callable[[], None],
+        on_rise: Callable[[], None],
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -89,7 +90,8 @@ class Courier:
         self._changed = lock.condition()  # routes changed
         self._closing = closing
         self._submit = submit
-        self._on_bytes = on_bytes
+        self._on_rise = on_rise
+        self._rises = 0  # that it has been told of
         self._now = now
         self._clock = clock
         self._clients = [HttpClient(endpoint, config.client, clock=clock) for endpoint in config.endpoints]
@@ -451,7 +453,9 @@ class Courier:
         """Bytes have come; gives the seconds until more may be read."""
         delay = self._scheduler.record(size, piece, lane=endpoint)
         self._heard(endpoint)
-        self._on_bytes()
+        if (rises := self._scheduler.rises) != self._rises:
+            self._rises = rises
+            self._on_rise()
         return delay
 
     # -- how endpoints do

@@ -102,7 +102,7 @@ class Fetcher:
             self._lock,
             closing=self._closing,
             submit=self._executor.submit,
-            on_bytes=lambda: _grow(known),
+            on_rise=lambda: _grow(known),
             now=cache.now,
             clock=clock,
         )
@@ -594,7 +594,7 @@ def _dropped(known: weakref.ref[Fetcher], fragment: PrioritizedFragment) -> None
 
 
 def _grow(known: weakref.ref[Fetcher]) -> None:
-    """Bytes have come, and the limit may have risen: there may be work for another worker."""
+    """More connections may be used: there may be work for another worker."""
     fetcher = known()
     if fetcher is not None:
         fetcher._spawn()

@@ -46,6 +46,7 @@ class Lane:
         self._most_served = 0  # at once, since the limit was changed
         self._ranks: dict[object, int] = {}  # how many there were with each that has not been answered yet
         self._answered = self.limit  # this many, at once
+        self._usable = 0  # connections, and those that were answered at once, when bytes came last
         self._begun_at = now  # the last of those that are as many as never before
         self._full, self._full_until = 0, 0.0
         self._begin_interval(now)
@@ -125,7 +126,7 @@ class Lane:
             PATHS.keep(self._host, Path(found, each, self.round_trip), now)
 
     def record(self, size: int, piece: object, now: float) -> bool:
-        """Bytes have come, of a piece in flight or of none; whether the limit has risen."""
+        """Bytes have come, of a piece in flight or of none; whether more connections may be used than before."""
         if piece is not None:
             self._served.add(piece)
             self._most_served = max(self._most_served, len(self._served))
@@ -133,7 +134,9 @@ class Lane:
         self._account(now)
         self._bytes += size
         self._squares += size * size
-        return self._revise(now)
+        has_risen = self._revise(now)
+        before, self._usable = self._usable, self.limit + self._answered
+        return has_risen or self._usable > before
 
     def refuse(self, now: float) -> bool:
         """The host wanted fewer connections; whether the limit has risen nevertheless."""

@@ -161,6 +161,7 @@ class Scheduler:
         self._ration = Ration(self.config.max_requests_per_second)
         self._pieces = 0  # since one went to who had waited for longest
         self._looked_at = clock()  # when it was looked for
+        self.rises = 0  # how often more connections could be used than before, as bytes have told
         self._total_bytes = 0
         self._completed = 0
         self._failed = 0
@@ -350,6 +351,7 @@ class Scheduler:
         """A host wanted fewer connections (429, 503, a timeout)."""
         with self._changed:
             if self.lanes[lane].refuse(self._clock()):
+                self.rises += 1
                 self._changed.notify_all()
 
     def settle(self, fragment: PrioritizedFragment, *, success: bool) -> None:
@@ -382,6 +384,7 @@ class Scheduler:
             self._total_bytes += size
             self._budget.spend(size, now)
             if (at or self.lanes[lane]).record(size, None if at is None else piece, now):
+                self.rises += 1
                 self._changed.notify_all()
             return self._budget.delay(now)
 
@@ -466,7 +469,8 @@ class Scheduler:
     def crew(self) -> int:
         """Workers that there may be: as many as the hosts want, or still have, and one for each urgent piece that lower
         ones give way to."""
-        extra = max(0, min(self.active - self._urgent, self._urgent + self._is_urgent_queued))
+        urgent = self._urgent + self._is_urgent_queued
+        extra = max(0, min(self.active - self._urgent, urgent)) if urgent else 0
         crews = [min(lane.most, max(lane.wanted, lane.active - lane.urgent) + extra) for lane in self.lanes]
         return min(self.config.max_concurrent, sum(crews))
 
