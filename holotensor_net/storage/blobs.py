@@ -83,7 +83,8 @@ class BlobStore:
     The constructor touches nothing; folders are made, for their owner only, when something is first written.
     ``clock`` is compared with the times of files. ``verify_first``: hash every blob once, when it is first opened, even
     if nothing has been written to it since its bytes were known to be right. ``on_left`` is called with the subject,
-    the token and the size of a part file that was left to be resumed; with None for its size when that has an end.
+    the token and the size of a part file that was left to be resumed, or with "" for the subject of a file that was
+    set aside; with None for its size when that has an end.
     Raises CacheError, or InsufficientDisk where there is no room.
     """
 
@@ -102,6 +103,7 @@ class BlobStore:
         self._verify_first = verify_first
         self._on_left = on_left
         self._stamps: dict[str, int] = {}
+        self._filling: dict[str, int] = {}
         self._mapped: set[weakref.ref[mmap.mmap]] = set()
 
     def open(self, digest: str, size: int, *, stamp: int | None = None) -> memoryview | None:
@@ -157,6 +159,11 @@ class BlobStore:
                 part.discard()
                 raise
         return part
+
+    @property
+    def filling(self) -> int:
+        """Bytes of the part files that this object has in use, reserved ones included."""
+        return sum(tuple(self._filling.values()))
 
     def has_part(self, subject: str) -> bool:
         """Whether a part file of this subject could be resumed."""
@@ -255,8 +262,11 @@ class BlobStore:
 
     def set_aside(self, path: Path) -> None:
         """Move a damaged file out of the way, for :meth:`sweep` to delete; where nothing may be written, leave it."""
+        token = secrets.token_hex(16)
         with contextlib.suppress(OSError):
-            os.replace(path, self._folder("quarantine") / f"{path.name[:64]}.{secrets.token_hex(4)}")
+            size = path.lstat().st_size
+            os.replace(path, self._folder("quarantine") / f"{path.name[:64]}.{token}")
+            self._on_left("", token, size)
 
     def sweep(self, older_than: float, *, resumable_for: float = 0.0) -> int:
         """Delete what processes that are gone have left, and what was set aside ``older_than`` seconds ago.
@@ -277,10 +287,14 @@ class BlobStore:
         return swept
 
     def left(self) -> dict[str, Left]:
-        """The part files that could be resumed, by their tokens."""
+        """The part files that could be resumed, by their tokens; with no subject, and as of long ago, files that were
+        set aside."""
         found = {}
         with translated("look for part files", self.root):
-            items = scan(self.root / "partial")
+            items, damaged = scan(self.root / "partial"), scan(self.root / "quarantine")
+        for item in damaged:
+            with contextlib.suppress(OSError):
+                found[token_of(item.name)] = Left("", item.stat(follow_symlinks=False).st_size, 0.0)
         for item in items:
             subject, path = subject_of(item.name), Path(item.path)
             if subject and self._is_left(path, _IDLE_FOR):
@@ -290,12 +304,12 @@ class BlobStore:
         return found
 
     def forget_part(self, token: str) -> bool:
-        """Delete a part file that nobody fills any more; whether there was one."""
+        """Delete a part file that nobody fills any more, or one that was set aside; whether there was one."""
         with translated("look for part files", self.root):
-            items = scan(self.root / "partial")
+            items = [*scan(self.root / "partial"), *scan(self.root / "quarantine")]
         for item in items:
             path = Path(item.path)
-            if token_of(item.name) == token and self._is_left(path, _IDLE_FOR):
+            if token_of(item.name) == token and (_is_aside(path) or self._is_left(path, _IDLE_FOR)):
                 with contextlib.suppress(OSError):
                     self._unlink(path)
                     return True
@@ -303,7 +317,8 @@ class BlobStore:
 
     def _unlink(self, path: Path) -> None:
         path.unlink()
-        if subject := subject_of(path.name):
+        subject = subject_of(path.name)
+        if subject or _is_aside(path):
             self._on_left(subject, token_of(path.name), None)
 
     def _left(self, subject: str) -> Iterator[Path]:
@@ -359,6 +374,10 @@ class BlobStore:
                 self._mapped.add(weakref.ref(mapping, self._mapped.discard))  # half the price of a WeakSet
                 return memoryview(mapping)
         return memoryview(read_all(fd, size))
+
+
+def _is_aside(path: Path) -> bool:
+    return path.parent.name == "quarantine"
 
 
 def _can_be_resumed(path: Path) -> bool:

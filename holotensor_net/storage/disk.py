@@ -109,9 +109,11 @@ class DiskTier:
         return None
 
     def create(self, size: int | None, *, subject: str = "", note: Mapping[str, Any] | None = None) -> PartFile:
-        """A part file, after room was made for ``size`` bytes of it."""
+        """A part file of ``size`` bytes, for which others may have to go."""
         self._keep_free(size or 0)
-        return self.blobs.create(size, subject=subject, note=note)
+        part = self.blobs.create(size, subject=subject, note=note)
+        self._keep_to_limit()
+        return part
 
     def adopt(self, name: str, data: PartFile | memoryview, entry: CacheEntry) -> Held:
         """Make room, then publish blob and entry."""
@@ -120,6 +122,8 @@ class DiskTier:
             self._keep_free(entry.size)
         with self._ledger.pinned(digest, entry.size):
             blob = Item(Kind.BLOB, other=digest, number=entry.size)
+            if isinstance(data, PartFile):
+                data.land()
             self._make_room(blob)
             held = self._publish(name, data, entry)
             self._ledger.announce(blob, Item(Kind.ENTRY, name, digest, int(entry.last_accessed * 1e9)))
@@ -141,13 +145,16 @@ class DiskTier:
             self._ledger.loosen(_digest_in(entry))
             self.collect()
 
-    def size(self) -> int:
-        """Bytes of all blobs, and of part files that may be resumed."""
-        if not self._ledger.is_counted():
-            with self._sweeping:
+    def size(self, *, is_urgent: bool = False) -> int:
+        """Bytes of all blobs, of part files that may be resumed or are being filled here, and of what was set aside.
+        ``is_urgent``: what is known by now, while another thread is at the folder."""
+        if not self._ledger.is_counted() and self._sweeping.acquire(blocking=not is_urgent):
+            try:
                 if not self._ledger.is_counted():
                     self._ledger.count()
-        return self._ledger.size
+            finally:
+                self._sweeping.release()
+        return self._ledger.size + self.blobs.filling
 
     def collect(self) -> None:
         """Delete blobs that no entry names any more."""
@@ -164,11 +171,14 @@ class DiskTier:
             self._has_left = False
             self._keep_to_limit()
 
-    def shrink(self, limit: int, *, only_above: int = 0, anew: bool = True) -> int:
-        """Drop the most dispensable entries and part files until ``limit`` bytes are left, if there are more than
-        ``only_above``; gives the number of bytes freed. ``anew``: look at the folder first, as files may have gone."""
+    def shrink(self, limit: int, *, only_above: int = 0, anew: bool = True, is_urgent: bool = False) -> int:
+        """Drop the most dispensable entries and part files until ``limit`` bytes are left of what may go, if there are
+        more than ``only_above``; gives the number of bytes freed. ``anew``: look at the folder first, as files may have
+        gone. ``is_urgent``: unless another thread is at it."""
         dropped: list[str] = []
-        with self._sweeping:
+        if not self._sweeping.acquire(blocking=not is_urgent):
+            return 0
+        try:
             if anew:
                 self.sweep()
             self._ledger.refresh(anew=anew)
@@ -182,6 +192,8 @@ class DiskTier:
                 if self._ledger.size <= limit or not self._ledger.has_missed:
                     break
                 self._ledger.refresh()
+        finally:
+            self._sweeping.release()
         self._usage.evicted(len(dropped))
         self._evicted(dropped)
         return freed
@@ -200,7 +212,8 @@ class DiskTier:
                 sound[blob] = self.blobs.check(*blob)
             if entry is None or not sound[blob]:
                 self.entries.remove(name)
-                self._ledger.announce(Item(Kind.NO_ENTRY, name))
+                gone = () if entry is None else (Item(Kind.NO_BLOB, other=blob[0]),)
+                self._ledger.announce(Item(Kind.NO_ENTRY, name), *gone)
                 broken[name] = name if entry is None else entry.fragment_id
         with self._sweeping:
             self._ledger.refresh(anew=True)
@@ -220,6 +233,8 @@ class DiskTier:
             for digest in self._ledger.blobs():
                 if not self._ledger.is_pinned(digest):
                     self.blobs.remove(digest)
+            for token, left in self._ledger.parts():
+                self._drop_part(token, left)
             self._news.begin_anew()
             self._ledger.count()
 
@@ -230,13 +245,18 @@ class DiskTier:
 
     def _make_room(self, blob: Item) -> None:
         """Let others go for what is about to be there, and tell of it before, unless there is room enough for many."""
-        if self.size() + blob.number > self._low:
+        if self.size(is_urgent=True) + blob.number > self._low:
             self._ledger.announce(blob)
             self._keep_to_limit()
 
     def _keep_to_limit(self) -> None:
-        if self.size() > self._config.max_size:
-            self.shrink(self._low, only_above=self._config.max_size, anew=False)
+        """Let others go if there is too much. Nobody waits for another thread that is at it: that one looks again when
+        it is done, and then finds what was announced meanwhile."""
+        freed = 1
+        while freed and self.size(is_urgent=True) > self._config.max_size:
+            filling = self.blobs.filling
+            low, high = self._low - filling, self._config.max_size - filling
+            freed = self.shrink(max(0, low), only_above=high, anew=False, is_urgent=True)
 
     @property
     def _low(self) -> int:
@@ -249,7 +269,10 @@ class DiskTier:
         if self._lacking(size) <= 0:
             return
         if time.monotonic() >= self._in_vain_until:
-            held, lacking = self.size(), self._lacking(size)  # in this order: what goes meanwhile is not counted twice
+            held, lacking = (
+                self.size() - self.blobs.filling,
+                self._lacking(size),
+            )  # in this order: what goes meanwhile is not counted twice
             if 0 < lacking <= held:
                 self.shrink(max(0, held - lacking - held // _SPARED_SHARE), only_above=held - lacking, anew=False)
                 if self._lacking(size) > 0:  # somebody maps what went, or the file system takes its time
@@ -361,12 +384,13 @@ class DiskTier:
         return left.size if gone else 0
 
     def left(self, subject: str, token: str, size: int | None) -> None:
-        """A part file was left, with so many bytes, or taken up again (None)."""
+        """A part file was left, with so many bytes, or taken up again (None); "" for the subject: a file was set aside,
+        or is gone."""
         if size is None:
             self._ledger.tell(Item(Kind.NO_PART, subject, token))
         else:
             self._has_left = True
-            self._ledger.tell(Item(Kind.PART, subject, token, size))
+            self._ledger.tell(Item(Kind.PART if subject else Kind.ASIDE, subject, token, size))
 
 
 def _left(tier: weakref.ref[DiskTier], subject: str, token: str, size: int | None) -> None:

@@ -27,7 +27,7 @@ class Named(NamedTuple):
 
 
 class Ledger:
-    """Blobs and their sizes, the entries that name them, and part files that were left.
+    """Blobs and their sizes, the entries that name them, and part files that were left; as such count files set aside.
 
     Counted by looking at the folder when that is first asked for (entries only where somebody has to go), then kept up:
     each process tells the others what it is about to add, once more when that is there, as somebody may have looked
@@ -64,7 +64,7 @@ class Ledger:
 
     @property
     def size(self) -> int:
-        """Bytes of all blobs, and of part files that were left."""
+        """Bytes of all blobs, and of part files that were left, or files set aside."""
         return self._size
 
     @property
@@ -209,9 +209,10 @@ class Ledger:
         elif item.kind is Kind.NO_BLOB:
             self._size -= blobs.pop(other, 0)
             self._loose.discard(other)
-        elif item.kind is Kind.PART:
+        elif item.kind in (Kind.PART, Kind.ASIDE):
             self._strike_part(other[:32])
-            self._parts[other[:32]] = Left(item.name, item.number, time.time())
+            is_part = item.kind is Kind.PART
+            self._parts[other[:32]] = Left(item.name if is_part else "", item.number, time.time() if is_part else 0.0)
             self._size += item.number
         elif item.kind is Kind.NO_PART:
             self._strike_part(other[:32])

@@ -39,6 +39,7 @@ class Kind(enum.IntEnum):
     PART = 5  # name: the subject of a part file that was left; other: its token; number: its size in bytes
     NO_PART = 6  # name and other, as above
     FOLLOWS = 7  # number: the inode of the file that this one has taken the place of
+    ASIDE = 8  # other: the token of a file that was set aside, whose end is a NO_PART; number: its size in bytes
 
 
 class Item(NamedTuple):

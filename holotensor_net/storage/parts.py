@@ -48,7 +48,8 @@ class PartFile:
         self._prefix = Prefix()
         self._journal: Journal | None = None
         self._lost = 0  # the number of the error that a flush gave
-        self._abandon = weakref.finalize(self, _abandon, fd, path, os.getpid())
+        self._abandon = weakref.finalize(self, _abandon, fd, path, os.getpid(), store._filling)
+        store._filling[path.name] = size or 0
         hold(fd)
 
     def __enter__(self) -> PartFile:
@@ -149,6 +150,10 @@ class PartFile:
             self._lost = error.errno or errno.EIO  # the system tells of bytes that it has lost once only
             raise
 
+    def land(self) -> None:
+        """It counts as a blob from now on."""
+        self._store._filling.pop(self.path.name, None)
+
     @property
     def is_doubtful(self) -> bool:
         """Whether the disk has failed to take bytes: they are right until the system lets go of its copy, and others
@@ -237,7 +242,9 @@ class PartFile:
         if self._limit:
             journal = Journal(self._limit, note)
             with self._using(writing=True) as fd, translated("write a journal", self._store.root):
-                self._journal = journal if journal.begin(fd) else None
+                if journal.begin(fd):
+                    self._journal = journal
+                    self._store._filling[self.path.name] = self._limit + TAIL
 
     @classmethod
     def resumed(cls, store: BlobStore, path: Path, fd: int) -> tuple[PartFile, Mapping[str, Any]] | None:
@@ -252,6 +259,7 @@ class PartFile:
                 return None
             part._journal = found[0]
             part._limit = found[0].size
+            store._filling[path.name] = part._limit + TAIL
             part._prefix = Prefix(hasher, length, apart)
         return part, found[0].note
 
@@ -290,8 +298,9 @@ class PartFile:
                 self._idle.notify_all()
 
 
-def _abandon(fd: int, path: Path, owner: int) -> None:
+def _abandon(fd: int, path: Path, owner: int, filling: dict[str, int]) -> None:
     """Close a part file, and delete it unless this is the child of the process that owns it."""
+    filling.pop(path.name, None)
     with contextlib.suppress(OSError):
         os.close(fd)
     if os.getpid() == owner:

@@ -981,16 +981,80 @@ class TestQuota:
         assert cache.stats().disk_size == other.stats().disk_size == 3 * tail
         left(cache, "resumed", 1000)
         with other.resume("resumed")[0]:  # type: ignore[index]
-            assert cache.stats().disk_size == 3 * tail
+            assert cache.stats().disk_size == tail  # room was made when it was begun, and another fills it now
             left(cache, "crashed", 1000)
-        assert cache.prune(0) == 4 * tail + 1000
+        assert cache.prune(0) == 2 * tail + 1000
         for number in range(4):
             cache.put(f"{number}", payload(f"{number}", tail))
         left(cache, "late", 1000)
-        assert cache.stats().disk_size == 5 * tail + 1000
-        cache.sync()
-        assert cache.stats().disk_size == 3 * tail
-        assert of("partial", tmp_path) == of("blobs", tmp_path) == []
+        assert cache.stats().disk_size == 3 * tail + 1000  # room was made when it was begun
+        assert len(of("partial", tmp_path / "cache")) == 1
+        assert len(of("blobs", tmp_path / "cache")) == 2
+
+    def test_part_files_count_while_they_are_filled(self, open_cache: Open, tmp_path: Path) -> None:
+        cache = open_cache(max_size=1000)
+        for number in range(8):
+            cache.put(f"{number}", payload(f"{number}", 100))
+        with cache.create(500) as part:  # type: ignore[union-attr]
+            assert len(of("blobs", tmp_path / "cache")) == 4  # what fits beside it, and a little less
+            assert cache.stats().disk_size == 900
+            cache.put("new", payload("new", 100))
+            part.write(0, payload("part", 500))  # type: ignore[union-attr]
+            assert cache.stats().disk_size == 1000
+            assert cache.adopt("part", part, CacheEntry("part", 500)) == payload("part", 500)  # type: ignore[arg-type]
+        assert len(of("blobs", tmp_path / "cache")) == 6
+        assert cache.stats().disk_size == sum(path.stat().st_size for path in of("blobs", tmp_path / "cache"))
+
+    def test_files_set_aside_count_and_go_first(self, open_cache: Open, tmp_path: Path) -> None:
+        cache, other = open_cache(max_size=1000), open_cache(max_size=1000)
+        for key in "abc":
+            cache.put(key, payload(key, 300))
+        [damaged] = [path for path in of("blobs", tmp_path / "cache") if path.read_bytes() == payload("b", 300)]
+        damaged.write_bytes(bytes(300))
+        assert other.stats().disk_size == 900
+        assert cache.verify() == ["b"]
+        assert [path.read_bytes() for path in of("quarantine", tmp_path / "cache")] == [bytes(300)]
+        for each in (cache, other, open_cache()):
+            assert each.stats().disk_size == 900
+        other.put("d", payload("d", 300))
+        assert of("quarantine", tmp_path / "cache") == []
+        assert [key for key in "abcd" if key in other] == ["a", "c", "d"]
+        assert cache.stats().disk_size == other.stats().disk_size == 900
+
+    def test_clearing_takes_what_was_set_aside(self, open_cache: Open, tmp_path: Path) -> None:
+        cache = open_cache()
+        cache.put("a", bytes(300))
+        of("blobs", tmp_path / "cache")[0].write_bytes(b"rot")
+        assert cache.verify() == ["a"]
+        cache.clear()
+        assert cache.stats().disk_size == 0
+        assert of("quarantine", tmp_path / "cache") == []
+
+    def test_nobody_waits_for_who_evicts(self, open_cache: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+        evicting, done = threading.Event(), threading.Event()
+        cache = open_cache(max_size=1000)
+        for number in range(10):
+            cache.put(f"{number}", payload(f"{number}", 90))
+        remove = EntryFiles.remove
+
+        def slowly(self: EntryFiles, name: str) -> bool:
+            evicting.set()
+            assert done.wait(30)
+            return remove(self, name)
+
+        monkeypatch.setattr(EntryFiles, "remove", slowly)
+        first = threading.Thread(target=cache.put, args=("first", payload("first", 300)))
+        first.start()
+        try:
+            assert evicting.wait(30)
+            for key in ("second", "third"):
+                cache.put(key, payload(key, 300))
+                assert key in cache
+        finally:
+            done.set()
+            first.join(30)
+        assert not first.is_alive()
+        assert cache.stats().disk_size <= 1000
 
     @pytest.mark.parametrize("is_part", [True, False])
     def test_some_of_the_disk_stays_free(
