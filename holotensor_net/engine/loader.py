@@ -275,7 +275,9 @@ class NetworkLoader:
         wanted, version = request.byte_range, (request.path, request.validator)
         if wanted is None or request.checksum is not None or (without and version in without):
             return None
-        found = self._requests.find(replace(request, byte_range=None, expected_size=None))
+        found = None
+        if self._requests.may_have_whole(request.path):
+            found = self._requests.find(replace(request, byte_range=None, expected_size=None))
         if found is None or not (found.is_fresh or is_offline):
             if without is not None:
                 without.add(version)

@@ -145,19 +145,19 @@ class Promise(Future[LoadResult]):
         # All that the base class would set.
         self._condition = condition or threading.Condition()
         self._state = _PENDING
-        self._result: LoadResult | None = None
+        self._result: LoadResult = None  # type: ignore[assignment]
         self._exception: BaseException | None = None
         self._waiters: list[Any] = []
         self._done_callbacks: list[Callable[[Future[LoadResult]], object]] = []
 
     def result(self, timeout: float | None = None) -> LoadResult:
-        if self._state != _FINISHED:
-            self._stay(timeout)
+        if self._state == _FINISHED and self._exception is None:  # a glance: what is over stays as it is
+            return self._result
+        self._stay(timeout)
         return super().result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        if self._state != _FINISHED:
-            self._stay(timeout)
+        self._stay(timeout)
         return super().exception(0)
 
     def _stay(self, timeout: float | None) -> None:

@@ -177,9 +177,14 @@ class RequestCache:
         if request.checksum is not None:
             return f"digest\n{request.checksum}"
         wanted = request.byte_range
+        if wanted is None:
+            return self._whole(endpoint, request.path)
         url, scope = self._place(endpoint, request.path)
-        part = "whole" if wanted is None else f"{wanted.start}-{wanted.stop}"
-        return f"url\n{url}\n{part}\n{scope}"
+        return f"url\n{url}\n{wanted.start}-{wanted.stop}\n{scope}"
+
+    def _whole(self, endpoint: int, path: str) -> str:
+        url, scope = self._place(endpoint, path)
+        return f"url\n{url}\nwhole\n{scope}"
 
     def _object(self, path: str, endpoint: int) -> str:
         return "\n".join(self._place(endpoint, path))
@@ -202,6 +207,12 @@ class RequestCache:
             if stale is None and not (unseen and self._cache.find(key) is None):
                 stale = Found(key, entry, index, is_fresh=False)
         return stale
+
+    def may_have_whole(self, path: str) -> bool:
+        """Whether there is a cached answer of any endpoint that holds all of the object."""
+        return any(
+            self._cache.find(self._whole(index, path), unseen=True) is not None for index in range(len(self._endpoints))
+        )
 
     def _is_fresh(self, request: LoadRequest, endpoint: int, entry: CacheEntry) -> bool:
         """Whether an answer may be used unasked."""

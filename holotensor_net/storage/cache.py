@@ -120,7 +120,9 @@ class FragmentCache:
     def take_all(self, taken: Sequence[tuple[str, memoryview, CacheEntry]]) -> list[memoryview]:
         """:meth:`take` for each; where there is no disk, memory takes them at one go, and an entry that tells when it
         was cached as it is."""
-        if self._disk is not None or not all(entry.is_storable and len(data) == entry.size for _, data, entry in taken):
+        told = {id(entry.headers): entry for _, _, entry in taken}.values()  # parts of one answer share its headers
+        is_plain = self._disk is None and all(entry.is_storable for entry in told)
+        if not is_plain or not all(len(data) == entry.size for _, data, entry in taken):
             return [self.take(*each) for each in taken]
         now = self._clock()
         held = [

@@ -165,17 +165,17 @@ def test_the_whole_object_is_looked_for_once_for_a_batch_of_its_parts(
     make: Make, served: Callable[..., Origin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = make(served().url)
-    asked: list[RangeRequest | None] = []
-    find = loader._requests.find
+    asked: list[str] = []
+    may_have_whole = loader._requests.may_have_whole
 
-    def counted(request: LoadRequest, **options: Any) -> Any:
-        asked.append(request.byte_range)
-        return find(request, **options)
+    def noted(path: str) -> bool:
+        asked.append(path)
+        return may_have_whole(path)
 
-    monkeypatch.setattr(loader._requests, "find", counted)
+    monkeypatch.setattr(loader._requests, "may_have_whole", noted)
     parts = [LoadRequest(f"{n}", "file", byte_range=(n, n + 1)) for n in range(20)]
     assert b"".join(map(got, loader.enqueue_many(parts))) == DATA[:20]
-    assert asked.count(None) == 1
+    assert asked == ["file"]
 
 
 def test_what_was_enqueued_before_a_defect_arrives(make: Make, served: Callable[..., Origin]) -> None:
