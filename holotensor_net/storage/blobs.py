@@ -97,7 +97,7 @@ class BlobStore:
         on_left: Callable[[str, str, int | None], None] = _unheard,
     ) -> None:
         self.root = Path(root)
-        self._blobs = str(self.root / "blobs")
+        self._blobs, self._partial = str(self.root / "blobs"), str(self.root / "partial")
         self._reading = translated("read", self.root)
         self._clock = clock
         self._verify_first = verify_first
@@ -189,14 +189,15 @@ class BlobStore:
         view = flat(data)
         digest = digest or digest_of(view)
         if self.open(digest, len(view)) is None:
-            self.replace(self.path_of(digest), view, durable=is_worth_a_sync(len(view)))
+            self.replace(self._place(digest), view, durable=is_worth_a_sync(len(view)))
         return digest
 
-    def replace(self, target: Path, data: Buffer, *, durable: bool = False, when: float | None = None) -> None:
+    def replace(self, target: str, data: Buffer, *, durable: bool = False, when: float | None = None) -> None:
         """Make the bytes the file ``target`` below the root, whatever was there. ``when``: the file's time, which is
         long ago otherwise. Not ``durable``: a loss of power may leave it empty."""
         with translated("publish a file", self.root):
-            path = self.root / "partial" / private_name()
+            name = private_name()
+            path = f"{self._partial}/{name}"  # no Path: each costs as much as a system call
             fd = self._made(lambda: os.open(path, CREATING, 0o600), path)
             try:
                 try:
@@ -207,17 +208,17 @@ class BlobStore:
                     os.utime(path, ns=(moment, moment))
                     if durable:
                         os.fsync(fd)
-                    if target.parent.parent.name == "blobs":
-                        self._stamps[target.name] = os.fstat(fd).st_mtime_ns
+                    if target.startswith(self._blobs):
+                        self._stamps[target.rpartition("/")[2]] = os.fstat(fd).st_mtime_ns
                 finally:
                     os.close(fd)
                 self._made(lambda: os.replace(path, target), target)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    path.unlink()
+                    os.unlink(path)
                 raise
             finally:
-                disown(path.name)
+                disown(name)
 
     def spare(self) -> Path:
         """A private file that is not there yet, in a folder that is. Raises OSError."""
@@ -358,12 +359,12 @@ class BlobStore:
             path.mkdir(mode=0o700, exist_ok=True)
         return path
 
-    def _made(self, make: Callable[[], _T], path: Path) -> _T:
+    def _made(self, make: Callable[[], _T], path: str) -> _T:
         """What ``make`` gives, once there is the folder that ``path`` lies in."""
         try:
             return make()
         except FileNotFoundError:
-            self._folder(*path.relative_to(self.root).parts[:-1])
+            self._folder(*Path(path).relative_to(self.root).parts[:-1])
             return make()
 
     def _view(self, fd: int, size: int) -> memoryview:

@@ -15,7 +15,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +311,7 @@ class DiskTier:
             else:
                 view = data
                 self.blobs.put(view, digest)
-            entry = replace(entry, stamp=self.blobs.stamp(digest) if is_durable else None)
+            entry = entry.stamped(self.blobs.stamp(digest) if is_durable else None)
             self.entries.write(name, entry)
         except CacheError:
             if is_new:

@@ -125,6 +125,10 @@ class CacheEntry:
             }
         )
 
+    def stamped(self, stamp: int | None) -> CacheEntry:
+        """This entry with the file time of its blob."""
+        return _made({**self.__dict__, "stamp": stamp})
+
     def told(self, headers: Mapping[str, str]) -> CacheEntry:
         """This entry with the headers of another answer that says the same of the object; those that are ``kept``."""
         return _made({**self.__dict__, "headers": headers})
@@ -287,7 +291,7 @@ class EntryFiles:
 
     def write(self, name: str, entry: CacheEntry) -> None:
         # It tells itself whether it is whole, so that nothing has to wait for the disk.
-        self._blobs.replace(Path(self.path_of(name)), _packed(entry), when=entry.last_accessed)
+        self._blobs.replace(self.path_of(name), _packed(entry), when=entry.last_accessed)
 
     def touch(self, name: str, when: float) -> None:
         """Note when the entry was last used, where that may be written."""

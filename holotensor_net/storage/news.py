@@ -84,6 +84,7 @@ class News:
 
     def __init__(self, path: Path, most: int, spare: Callable[[], Path]) -> None:
         self._path = path
+        self._name = str(path)
         self._most = most
         self._spare = spare
         self._file: _File | None = None
@@ -158,7 +159,7 @@ class News:
         if before is not None:
             # The name is asked: on network file systems the handle does not tell that another file has got it.
             with contextlib.suppress(FileNotFoundError):
-                status = os.lstat(self._path)
+                status = os.lstat(self._name)
                 if _identity(status) == before.identity:
                     return before, status.st_size
         if create:
