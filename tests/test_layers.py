@@ -26,7 +26,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
         *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter", "transport/pipes"),
-        "transport/heads",
+        *("transport/heads", "transport/pools"),
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
         *("storage/claims", "storage/news", "storage/prefix"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
@@ -63,7 +63,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
 STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("values", "config")),
     (("transport/guards", "transport/digests"), ("transport/transfer",)),
-    (("transport/pipes", "transport/heads"), ("transport/sockets",), ("transport/adapter",)),
+    (("transport/pipes", "transport/heads"), ("transport/sockets",), ("transport/pools",), ("transport/adapter",)),
     (
         ("formats/strict_json", "formats/dtypes"),
         ("formats/tensors",),
@@ -102,7 +102,10 @@ FOLDERS = ("transport", "storage", "engine", "formats", "model", "stream_cache",
 # One room, or one folder (with its slash), has a library to itself.
 MONOPOLIES: dict[str, tuple[str, ...]] = {
     "requests": ("transport/client", "transport/adapter", "transport/translation"),
-    "urllib3": ("transport/client", "transport/adapter", "transport/sockets", "transport/translation"),
+    "urllib3": (
+        *("transport/client", "transport/adapter", "transport/pools"),
+        *("transport/sockets", "transport/translation"),
+    ),
     "tenacity": ("transport/retry",),
     "cachetools": ("storage/cache", "stream_cache/"),
     "platformdirs": ("config",),

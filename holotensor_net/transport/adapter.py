@@ -24,7 +24,8 @@ from urllib3.exceptions import ProtocolError
 
 from .heads import by_name
 from .pipes import Pipe
-from .sockets import Answer, LiveSockets, Pool, pool_classes
+from .pools import Pool, pool_classes
+from .sockets import Answer, LiveSockets
 
 __all__ = ["Adapter", "Reply", "Request", "ask"]
 

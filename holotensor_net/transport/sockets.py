@@ -11,12 +11,8 @@ bytes is bounded anew, and what comes slower than anyone would wait for counts a
 from __future__ import annotations
 
 import contextlib
-import errno
 import http.client
 import io
-import logging
-import os
-import queue
 import re
 import socket
 import sys
@@ -27,43 +23,35 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from urllib3 import connectionpool
-from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import (
-    ClosedPoolError,
-    ConnectTimeoutError,
     HeaderParsingError,
-    NameResolutionError,
-    NewConnectionError,
 )
-from urllib3.util import wait_for_read, wait_for_write
+from urllib3.util import wait_for_read
 from urllib3.util.response import assert_header_parsing
 
-from ..errors import without_query
-from .heads import by_name, plain_head, plain_request
+from .heads import by_name, plain_head
 from .pipes import Pipe
 
-__all__ = ["SLOWEST", "Answer", "Interrupt", "LiveSockets", "Pool", "pool_classes"]
+__all__ = ["LONGEST", "SLOWEST", "Answer", "Interrupt", "LiveSockets", "Reader"]
 
 SLOWEST = 128.0
 """Bytes/s. What comes slower than this, over a whole window, is a drip."""
 
+LONGEST = 1e6
+"""Seconds that a socket waits, at most; beyond some 1e9, settimeout raises OverflowError."""
+
 _LONGEST_LINE = 1 << 16
 _AHEAD = 1 << 15  # bytes read with a head at once: a short body comes along
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")  # RFC 9112 §7.1
-_LONGEST = 1e6  # seconds; beyond some 1e9, settimeout raises OverflowError
 _HARDLY = 0.05  # seconds
 _WIDE = 8 << 20  # bytes of a receive buffer, enough for any path
 _ACCOUNTED = 2 if sys.platform == "linux" else 1  # socket(7): SO_RCVBUF is doubled, for the kernel's own bookkeeping
-_CLOSED_MEANWHILE = contextlib.suppress(BrokenPipeError, ConnectionResetError)  # there may be an answer all the same
-_FULL = contextlib.suppress(BlockingIOError)
-_UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 
 class _Own(threading.local):
     """What belongs to one thread."""
 
-    seconds: Callable[[], float] = staticmethod(lambda: _LONGEST)
+    seconds: Callable[[], float] = staticmethod(lambda: LONGEST)
     window: Callable[[], int | None] | None = None
     interrupt: Interrupt | None = None
 
@@ -161,7 +149,7 @@ class LiveSockets:
 
     def left(self) -> float:
         """Seconds that this thread may wait for its next bytes. Raises TimeoutError if there are none."""
-        seconds = min(self._own.seconds(), _LONGEST)
+        seconds = min(self._own.seconds(), LONGEST)
         if seconds <= 0:
             raise TimeoutError("no time is left")
         return seconds
@@ -307,7 +295,7 @@ class _Incoming(io.RawIOBase):
         super().close()
 
 
-class _Reader(io.BufferedReader):
+class Reader(io.BufferedReader):
     """A connection's bytes, a head and a short body at one go. Those that follow each other read through the same."""
 
     raw: _Incoming
@@ -315,7 +303,7 @@ class _Reader(io.BufferedReader):
     def __init__(self, sock: Any, sockets: LiveSockets) -> None:
         super().__init__(_Incoming(sock, sock.makefile("rb", buffering=0), sockets), _AHEAD)
 
-    def makefile(self, mode: str) -> _Reader:
+    def makefile(self, mode: str) -> Reader:
         """What http.client asks of a socket."""
         return self
 
@@ -331,10 +319,10 @@ class Answer(http.client.HTTPResponse):
     said: Mapping[str, str] = MappingProxyType({})
     has_excess = False
     connection: Any = None
-    left: _Reader | None = None
+    left: Reader | None = None
     _is_direct = False
 
-    def __init__(self, reader: _Reader, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, reader: Reader, *args: Any, **kwargs: Any) -> None:
         super().__init__(reader, *args, **kwargs)  # type: ignore[arg-type]
         self._incoming = reader.raw
 
@@ -447,261 +435,3 @@ class Answer(http.client.HTTPResponse):
             self.left, self.fp = self.fp, None  # type: ignore[assignment]
             return
         super()._close_conn()  # type: ignore[misc]
-
-
-class _Here(threading.local):
-    """Whether this thread is about a request of ours."""
-
-    is_asking = False
-
-
-class _Discretion(logging.Filter):
-    """Has urllib3 leave the queries out of what it logs of our requests: they may be signatures."""
-
-    here = _Here()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if self.here.is_asking and isinstance(record.args, tuple):
-            record.args = tuple(without_query(said) if isinstance(said, str) else said for said in record.args)
-        return True
-
-
-_DISCRETION = _Discretion()
-
-
-class _Stack:
-    """What urllib3 keeps a pool's connections in: a list, whose own operations are atomic, and which nobody waits for.
-    A queue of Python's takes two locks and ten times as long."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._items: list[Any] = []
-
-    def get(self, block: bool = False, timeout: float | None = None) -> Any:
-        try:
-            return self._items.pop()
-        except IndexError:
-            raise queue.Empty from None
-
-    def put(self, item: Any, block: bool = False, timeout: float | None = None) -> None:
-        if len(self._items) >= self._most:
-            raise queue.Full
-        self._items.append(item)
-
-    def qsize(self) -> int:
-        return len(self._items)
-
-
-class Pool(connectionpool.HTTPConnectionPool):
-    """A pool whose requests are logged without their queries, and which can ask again without many words."""
-
-    QueueCls = _Stack  # type: ignore[assignment]
-
-    def urlopen(self, *args: Any, **kwargs: Any) -> Any:
-        here = _DISCRETION.here
-        here.is_asking = True
-        try:
-            return super().urlopen(*args, **kwargs)
-        finally:
-            here.is_asking = False
-
-    def again(self, target: str, headers: Mapping[str, str], conditions: Mapping[str, str]) -> Answer | None:
-        """The answer to a GET, over a connection that an earlier one has left; None if there is none.
-
-        ``headers`` are those that it has in common with the last, and ``conditions`` its own. It is to be given to
-        :meth:`take_back`. Raises what http.client does.
-        """
-        try:
-            connection: Any = self._get_conn()
-        except ClosedPoolError:
-            return None
-        try:
-            if connection.is_closed:
-                return None
-            self._validate_conn(connection)
-            answer: Answer = connection.ask(target, headers, conditions)
-        except BaseException:
-            connection.close()
-            raise
-        else:
-            connection = None
-            return answer
-        finally:
-            if connection is not None:
-                self._put_conn(connection)
-
-    def take_back(self, answer: Answer) -> None:
-        """Use the connection of an answer again, if that was read to its end."""
-        connection, answer.connection = answer.connection, None
-        if not answer.isclosed():
-            answer.close()
-            if connection is not None:
-                connection.close()
-        if connection is not None:
-            connection.take_back(answer.left)
-            self._put_conn(connection)
-
-
-def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConnectionPool]]:
-    """urllib3's pools by scheme, with connections whose sockets ``sockets`` knows and bounds."""
-
-    class Connection(HTTPConnection):
-        _answer: Answer | None = None
-        _left: _Reader | None = None
-
-        def response_class(self, sock: Any, *args: Any, **kwargs: Any) -> Answer:  # type: ignore[override]
-            self._answer = Answer(_Reader(sock, sockets), *args, **kwargs)
-            return self._answer
-
-        def _new_conn(self) -> socket.socket:
-            return _connect(self, sockets)
-
-        @property
-        def is_connected(self) -> bool:
-            """Whether it may be used again: it is open, and its receive buffer as large as is wanted now."""
-            return super().is_connected and sockets.fit(self.sock)
-
-        def ask(self, target: str, headers: Mapping[str, str], conditions: Mapping[str, str]) -> Answer:
-            """The answer to a GET over this connection, which is open."""
-            sockets.use(self.sock)
-            sockets.bound(self.sock)
-            host = f"[{self.host}]" if ":" in self.host else self.host
-            host = host if self.port == self.default_port else f"{host}:{self.port}"
-            head = plain_request(target, host, headers, conditions)
-            answer = self._asked(head) if head else self._asked_at_length(target, {**headers, **conditions})
-            answer.connection = self
-            return answer
-
-        def _asked(self, head: bytes) -> Answer:
-            with _CLOSED_MEANWHILE:
-                self._send_at_once(head)
-            answer = Answer(self._reader(), method="GET")
-            try:
-                if not answer.begin_plainly():
-                    answer.begin()
-                    if answer.will_close:
-                        self.close()
-            except BaseException:
-                answer.close()
-                raise
-            return answer
-
-        def _send_at_once(self, head: bytes) -> None:
-            """``send``, in one system call where that will do: a socket with a timeout asks first whether it may."""
-            sent = 0
-            if type(self.sock) is socket.socket and os.name == "posix" and self.sock.gettimeout():
-                with _FULL:
-                    sent = os.write(self.sock.fileno(), head)
-            if sent < len(head):
-                self.send(head[sent:])
-
-        def _asked_at_length(self, target: str, headers: Mapping[str, str]) -> Answer:
-            names = {name.lower() for name in headers}
-            with _CLOSED_MEANWHILE:
-                self.putrequest(
-                    "GET", target, skip_host="host" in names, skip_accept_encoding="accept-encoding" in names
-                )
-                for name, value in headers.items():
-                    self.putheader(name, value)
-                self.endheaders()
-            try:
-                return http.client.HTTPConnection.getresponse(self)  # type: ignore[return-value]
-            finally:
-                self._answer = None
-
-        def _reader(self) -> _Reader:
-            reader, self._left = self._left, None
-            if reader is None or not reader.raw.is_of(self.sock):
-                return _Reader(self.sock, sockets)
-            reader.raw.begin_head()
-            return reader
-
-        def take_back(self, reader: _Reader | None) -> None:
-            """What was left of an answer over this connection is for the next."""
-            if reader is not None and self.sock is not None and reader.raw.is_of(self.sock):
-                self._left = reader
-            elif reader is not None:
-                reader.close()
-
-        def close(self) -> None:
-            reader, self._left = self._left, None
-            super().close()
-            if reader is not None:
-                reader.close()
-
-        def getresponse(self) -> Any:
-            if self.sock is not None:
-                sockets.add(self.sock)
-            try:
-                return super().getresponse()
-            except BaseException:
-                if self._answer is not None:
-                    self._answer.close()  # urllib3 forgets it if it cannot wrap it, and its socket would stay open
-                raise
-            finally:
-                self._answer = None
-
-    class SecureConnection(Connection, HTTPSConnection):
-        def connect(self) -> None:
-            # The handshake runs on a socket that nobody knows yet: until it is over, a duplicate stands for it.
-            with contextlib.ExitStack() as self._handshake:
-                super().connect()
-
-        def _new_conn(self) -> socket.socket:
-            sock = super()._new_conn()
-            try:
-                sockets.add(self._handshake.enter_context(sock.dup()))
-            except OSError as error:
-                sock.close()
-                raise NewConnectionError(self, f"no connection: {error}") from error
-            return sock
-
-    class PlainPool(Pool):
-        ConnectionCls = Connection
-
-    class SecurePool(Pool, connectionpool.HTTPSConnectionPool):
-        ConnectionCls = SecureConnection
-
-    connectionpool.log.addFilter(_DISCRETION)
-
-    return {"http": PlainPool, "https": SecurePool}
-
-
-def _connect(connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
-    """A connected socket, known to ``sockets`` since it began to connect; raises what urllib3's own would."""
-    try:
-        addresses = socket.getaddrinfo(connection._dns_host, connection.port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as error:
-        if isinstance(error, UnicodeError):
-            error = socket.gaierror(str(error))
-        raise NameResolutionError(connection.host, connection, error) from error
-    failure: OSError = OSError("the name has no address")
-    for family, kind, protocol, _, address in addresses:
-        try:
-            return _connected(socket.socket(family, kind, protocol), address, connection, sockets)
-        except OSError as error:  # also where this machine has no such family
-            failure = error
-    if isinstance(failure, TimeoutError):
-        raise ConnectTimeoutError(connection, f"no connection within {connection.timeout} s") from failure
-    raise NewConnectionError(connection, f"no connection: {failure}") from failure
-
-
-def _connected(sock: socket.socket, address: Any, connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
-    try:
-        for option in connection.socket_options or ():
-            sock.setsockopt(*option)
-        seconds = min(float(connection.timeout or _LONGEST), sockets.left())
-        sock.setblocking(False)
-        failure = sock.connect_ex(address)
-        sockets.add(sock)  # under way already: a shutdown before that would be forgotten by connecting
-        if failure in _UNDER_WAY:
-            if not wait_for_write(sock, seconds):
-                raise TimeoutError("timed out")
-            failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if failure:
-            raise OSError(failure, os.strerror(failure))
-        sock.settimeout(seconds)
-    except BaseException:
-        sock.close()
-        raise
-    return sock

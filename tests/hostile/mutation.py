@@ -25,10 +25,10 @@ from hostile.runner import run, some
 from hostile.storm import SCENES
 
 from holotensor_net.engine import assembly
-from holotensor_net.transport import client, digests, guards, retry, sockets, transfer
+from holotensor_net.transport import client, digests, guards, pools, retry, sockets, transfer
 from holotensor_net.values import Validator
 
-ROOMS = (guards, digests, transfer, client, sockets)
+ROOMS = (guards, digests, transfer, client, sockets, pools)
 
 AT_ONCE = 12
 """Transfers of a row that are made to see whether it notices."""

@@ -191,7 +191,7 @@ def test_a_request_that_does_not_go_out_at_once_goes_out_all_the_same(
             raise BlockingIOError
         return write(where, data[:most])
 
-    monkeypatch.setattr("holotensor_net.transport.sockets.os.write", little)
+    monkeypatch.setattr("holotensor_net.transport.pools.os.write", little)
     with Wire(always=in_parts) as wire, client_of(wire) as client:
         for start in range(0, 30, 10):
             assert client.fetch_range("a", (start, start + 10)) == DATA[start : start + 10]

@@ -14,7 +14,7 @@ from wire import Request, Wire, chunks, part
 from holotensor_net.config import CdnEndpoint
 from holotensor_net.transport.client import HttpClient
 from holotensor_net.transport.heads import PlainHead, plain_head, plain_request
-from holotensor_net.transport.sockets import Answer, LiveSockets, _Reader
+from holotensor_net.transport.sockets import Answer, LiveSockets, Reader
 
 PLAIN = (
     b"HTTP/1.1 206 Partial Content",
@@ -36,7 +36,7 @@ def as_http_client_reads(sent: bytes) -> dict[str, Any] | None:
     with ours, theirs:
         theirs.sendall(sent)
         theirs.shutdown(socket.SHUT_WR)
-        answer = Answer(_Reader(ours, LiveSockets()), method="GET")
+        answer = Answer(Reader(ours, LiveSockets()), method="GET")
         with contextlib.closing(answer):
             try:
                 answer.begin()

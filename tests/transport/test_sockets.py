@@ -24,7 +24,8 @@ from urllib3.exceptions import (
 from wire import END, HOLD, RESET, Wire, answer, black_hole, chunked, closed_port, drip, write_certificate
 
 from holotensor_net.transport import sockets
-from holotensor_net.transport.sockets import SLOWEST, Interrupt, LiveSockets, pool_classes
+from holotensor_net.transport.pools import pool_classes
+from holotensor_net.transport.sockets import SLOWEST, Interrupt, LiveSockets
 
 Open = Callable[..., Any]
 
