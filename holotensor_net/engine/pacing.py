@@ -115,6 +115,7 @@ class ConcurrencyController:
         self._refusals = _Refusals(ceiling)
         self._sampler = _Sampler()
         self._noise = _Noise()
+        self._scatter = _Noise()  # of looks
         self._round_trip = 0.0
         self._base = min(initial, ceiling)
         self._base_rate = _Mean()
@@ -202,21 +203,25 @@ class ConcurrencyController:
         """One look while climbing: go on, look again, or stop."""
         looks, is_first = self._looks, self._trial is None
         assert looks is not None
-        scatter = 3 * self._noise.deviation
-        is_rising = not looks or rate > max(before for before, _ in looks[-3:]) + max(_RISING, scatter)
+        if looks and rate < looks[-1][0]:  # what rises is no scatter, but what falls is
+            self._scatter.learn(rate - looks[-1][0])
+        scatter = self._scatter.deviation
+        is_rising = not looks or rate > max(before for before, _ in looks[-3:]) + max(_RISING, 3 * scatter)
         looks.append((rate, self._sampler.took))
         latest = _together(looks[-max(3, len(looks) // 2) :])
         proportional = math.log(self.limit / self._base)
-        is_evident = not is_first and rate - self._base_rate.value > max(_EVIDENT_SHARE * proportional, scatter)
+        is_evident = not is_first and rate - self._base_rate.value > max(_EVIDENT_SHARE * proportional, 3 * scatter)
         if is_evident or (is_rising and len(looks) * self.seconds > _LONGEST_RUNG):
             self._climb_on(rate)
         elif not is_rising and len(looks) >= (2 if is_first else _LOOKS):
-            if is_first or latest - self._base_rate.value > _LEAST_SHARE * proportional + _DOUBT:
+            error = scatter / math.sqrt(len(looks) / 2)
+            if is_first or latest - self._base_rate.value > _LEAST_SHARE * proportional + max(_DOUBT, error):
                 self._climb_on(latest)
             else:
                 self._more_in = _MORE_EVERY  # more has just been tried
                 self._base_rate = _Mean()  # what looks told does not compare with samples
                 self._rest()
+                self._settling = _LONG  # what was on the way for others still comes, perhaps at one go
 
     def _climb_on(self, rate: float) -> None:
         """Take the number that is tried for the base, and try twice as many, or as many as may be tried. What came
@@ -263,6 +268,7 @@ class ConcurrencyController:
 
     def _forget(self) -> None:
         """Nothing that is known of other numbers holds any more."""
+        self._scatter = _Noise()
         self._base_rate = _Mean()
         self._too_few = 0
         self._more_in = self._fewer_in = 0

@@ -504,3 +504,18 @@ def test_whatever_is_measured_the_limit_stays_within_its_bounds(ceiling, initial
         active = float(controller.limit) if interval.active < 0 else interval.active
         controller.revise(Interval(interval.seconds, interval.bytes, active, interval.saturated, interval.refusals))
         assert 1 <= controller.limit <= ceiling
+
+
+def test_short_looks_that_scatter_make_the_climb_go_less_far():
+    def connections(seed):
+        """On average over the first three seconds, of a path that one connection fills, and that comes in bursts."""
+        scatter, controller, now, total = random.Random(seed), ConcurrencyController(64), 0.0, 0.0
+        while now < 3.0:
+            seconds = controller.seconds
+            noise = math.exp(scatter.gauss(0, 0.7 * math.sqrt(0.01 / seconds)))
+            now, total = now + seconds, total + seconds * controller.limit
+            got = int(50e6 * seconds * noise)
+            controller.revise(Interval(seconds, got, float(controller.limit), True, round_trip=0.003, lump=1e4))
+        return total / now
+
+    assert mean(connections(seed) for seed in range(100)) <= 13  # 16 if looks are taken at their word
