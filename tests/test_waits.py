@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, as_completed, wait
+from concurrent.futures import CancelledError, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 
@@ -174,58 +174,84 @@ def test_a_condition_stands_on_a_latch() -> None:
         changed.notify()
 
 
-def test_an_interrupt_leaves_a_latch_free() -> None:
-    """Wherever it comes, in a loop that does nothing but take the latch."""
+Uses = Callable[[], tuple[Callable[[], object], Callable[[], object]]]
+"""Gives what uses something, and what needs it in another thread."""
+
+
+def uses_a_latch() -> tuple[Callable[[], object], Callable[[], object]]:
     latch = Latch()
+
+    def use() -> None:
+        with latch:
+            pass
+
+    return use, use
+
+
+def uses_a_scheduler() -> tuple[Callable[[], object], Callable[[], object]]:
+    scheduler = Scheduler()
+    return scheduler.should_throttle, scheduler.should_throttle
+
+
+def uses_a_future() -> tuple[Callable[[], object], Callable[[], object]]:
+    futures: list[Promise] = []
+
+    def use() -> None:
+        futures[:] = [Promise()]
+        futures[0].cancel()
+
+    return use, lambda: [future.cancelled() for future in futures]
+
+
+@pytest.mark.parametrize("uses", [uses_a_latch, uses_a_scheduler, uses_a_future])
+def test_an_interrupt_leaves_nothing_locked(
+    uses: Callable[[], tuple[Callable[[], object], Callable[[], object]]],
+) -> None:
+    """Wherever it comes, in a loop that does nothing but use it."""
+    use, look = uses()
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
-        for _ in range(300):
-            take_until_interrupted(latch)
-            assert is_free(latch)
+        for _ in range(200):
+            do_until_interrupted(use)
+            assert can_be_done_elsewhere(look)
     finally:
         signal.signal(signal.SIGALRM, before)
 
 
-def take_until_interrupted(latch: Latch) -> None:
+def do_until_interrupted(use: Callable[[], object]) -> None:
     try:
         signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 1e-3))
         while True:
-            with latch:
-                pass
+            use()
     except KeyboardInterrupt:
         pass
 
 
-def is_free(latch: Latch) -> bool:
-    """Whether another thread gets it, and gives it up."""
-
-    def take() -> None:
-        with latch:
-            pass
-
-    thread = threading.Thread(target=take, daemon=True)
+def can_be_done_elsewhere(look: Callable[[], object]) -> bool:
+    thread = threading.Thread(target=look, daemon=True)
     thread.start()
     thread.join(SOON)
     return not thread.is_alive()
 
 
-def test_promises_of_one_condition_are_waited_for_and_told_each_alone() -> None:
-    condition = threading.Condition()
-    first, second, third = (Promise(condition) for _ in range(3))
-    assert vars(first).keys() == vars(Future()).keys()  # whatever the base class keeps there is
-    answer = LoadFailure("a", NotFound("gone"))
-    got: list[object] = []
-    waiting = threading.Thread(target=lambda: got.append(third.result(30)))
-    waiting.start()
-    threading.Timer(0.05, second.set_result, (answer,)).start()
-    done, _ = wait((first, second, third), 30, FIRST_COMPLETED)
-    assert done == {second}
-    threading.Timer(0.05, first.cancel).start()
-    with pytest.raises(CancelledError):
-        first.result(30)
-    assert first.cancel()
-    assert not third.done()
-    third.set_result(answer)
-    waiting.join(30)
-    assert got == [answer]
-    assert set(as_completed((first, second, third), 30)) == {first, second, third}
+def test_threads_wait_crosswise_for_futures_of_two_batches() -> None:
+    """Those who wait lock all futures that they wait for: in one order, whichever batches they come from."""
+    requests = [[LoadRequest(f"{batch}{number}", f"{batch}{number}") for number in range(64)] for batch in "ab"]
+    with (
+        Wire(always=[HOLD]) as server,
+        NetworkLoader(NetworkConfig(endpoints=server.url, cache_dir=False, max_concurrent=1)) as loader,
+    ):
+        one, other = (loader.enqueue_many(batch) for batch in requests)
+        mixed = [future for pair in zip(one, other, strict=True) for future in pair]
+
+        def work(seed: int) -> None:
+            order = random.Random(seed)
+            for _ in range(200):
+                wait(order.sample(mixed, 8), timeout=0)
+
+        threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LONG)
+        assert not any(thread.is_alive() for thread in threads)

@@ -125,28 +125,33 @@ class Fetcher:
         may_resume = [held is None and self._cache.has_part(request) for request, held in asked]
         now = self._clock()
         futures: list[Future[LoadResult]] = []
-        opened: list[Load] = []
-        condition = threading.Condition()
-        with self._lock:
-            if self._closing.is_set():
-                raise Cancelled("the loader is closed: make a new one")
-            for (request, held), is_begun in zip(asked, may_resume, strict=True):
-                identity = identity_of(request)
-                load = self._books.find(identity)
-                if load is not None:
-                    futures.append(self._join(load, request, now, shared, condition))
-                    continue
-                load = self._books.open(request, identity, held, now, whole=self._recovery.is_without_ranges)
-                load.lane = self._courier.next_for(load)
-                if is_begun and not load.whole:
-                    load.may_resume = True
-                opened.append(load)
-                futures.append(self._wait_for(load, request, now, shared, condition))
+        opened: dict[object, Load | None] = {}  # by identity; None for one that is about to be
         try:
-            self._queue([load for load in opened if not (load.is_repeated and self._is_there(load))])
-        except BaseException:  # an interrupt, while the queue was full
-            for load in opened:
-                self._resolve(load, Cancelled("interrupted before it was queued"))
+            with self._lock:
+                if self._closing.is_set():
+                    raise Cancelled("the loader is closed: make a new one")
+                for (request, held), is_begun in zip(asked, may_resume, strict=True):
+                    identity = identity_of(request)
+                    load = self._books.find(identity)
+                    if load is not None:
+                        futures.append(self._join(load, request, now, shared))
+                        continue
+                    opened[identity] = None
+                    load = self._books.open(request, identity, held, now, whole=self._recovery.is_without_ranges)
+                    opened[identity] = load
+                    load.lane = self._courier.next_for(load)
+                    if is_begun and not load.whole:
+                        load.may_resume = True
+                    futures.append(self._wait_for(load, request, now, shared))
+            made = [load for load in opened.values() if load is not None]
+            self._queue([load for load in made if not (load.is_repeated and self._is_there(load))])
+        except BaseException:  # an interrupt, while the queue was full perhaps
+            for identity, load in opened.items():
+                if load is None:
+                    with self._lock:
+                        load = self._books.find(identity)
+                if load is not None:
+                    self._resolve(load, Cancelled("interrupted before it was queued"))
             raise
         return futures
 
@@ -225,9 +230,7 @@ class Fetcher:
 
     # -- loads
 
-    def _join(
-        self, load: Load, request: LoadRequest, now: float, shared: bool, condition: threading.Condition
-    ) -> Future[LoadResult]:
+    def _join(self, load: Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
         """One more who waits for a load in flight. With the lock held."""
         if request.priority < load.priority:
             self._scheduler.move(load, request.priority)
@@ -236,18 +239,16 @@ class Fetcher:
                 is_alike = waiter.is_shared and waiter.fragment_id == request.fragment_id
                 if is_alike and not waiter.cancelled():
                     return waiter
-        return self._wait_for(load, request, now, shared, condition)
+        return self._wait_for(load, request, now, shared)
 
-    def _wait_for(
-        self, load: Load, request: LoadRequest, now: float, shared: bool, condition: threading.Condition
-    ) -> Future[LoadResult]:
+    def _wait_for(self, load: Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
         """A future for the end of a load. With the lock held."""
         limit, own = self._config.retry.deadline, request.deadline
         if limit is None or (own is not None and own < limit):
             limit = own
         until = None if limit is None else now + limit
         is_shared = shared and own is None
-        waiter = Waiter(load, request, now, until, is_shared=is_shared, condition=condition)
+        waiter = Waiter(load, request, now, until, is_shared=is_shared)
         waiter.on_cancel = self._cancelled
         self._books.enter(waiter, load)
         if until is not None:

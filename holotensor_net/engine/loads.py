@@ -5,7 +5,7 @@ Nothing here waits, reads or writes; the owner's lock guards it.
 
 from __future__ import annotations
 
-import threading
+import _thread
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -134,16 +134,26 @@ class Load(PrioritizedFragment):
         return self.request.checksum is not None or self.version is not None
 
 
+class _Gate(_thread.RLock):  # type: ignore[misc]
+    """The lock of a future on which nobody waits, as whoever waits has an event of his own. A Condition would be the
+    most part of what a future weighs; and an interrupt could leave it locked, being written in Python."""
+
+    __slots__ = ()
+
+    def notify_all(self) -> None:
+        """Nobody waits."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether something has happened: not without a wait."""
+        return False
+
+
 class Promise(Future[LoadResult]):
-    """A future whose wait Ctrl-C ends at once.
+    """A future whose wait Ctrl-C ends at once."""
 
-    ``condition``: one that it has in common with others that were made with it. Whoever waits has an event of his own,
-    and so it is only a lock here; a Condition for each would be the most part of what a future weighs.
-    """
-
-    def __init__(self, condition: threading.Condition | None = None) -> None:
+    def __init__(self) -> None:
         # All that the base class would set.
-        self._condition = condition or threading.Condition()
+        self._condition = _Gate()  # type: ignore[assignment]
         self._state = _PENDING
         self._result: LoadResult = None  # type: ignore[assignment]
         self._exception: BaseException | None = None
@@ -190,9 +200,8 @@ class Waiter(Promise):
         until: float | None,
         *,
         is_shared: bool,
-        condition: threading.Condition | None = None,
     ) -> None:
-        super().__init__(condition)
+        super().__init__()
         self.load: Load | None = load
         self.request = request
         self.since = since

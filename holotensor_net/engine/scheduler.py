@@ -136,7 +136,7 @@ class Scheduler:
         self.config = replace(own, max_concurrent=min(own.max_concurrent, sum([ceiling for ceiling, _ in hosts])))
         self._clock = clock
         self.dropped: Callable[[PrioritizedFragment], object] = lambda fragment: None
-        lock = Latch()
+        self._lock = lock = Latch()  # not one of its Conditions: an interrupt may leave those locked
         self._changed = lock.condition()  # for whoever waits for a piece
         self._room = lock.condition()  # for whoever waits for the queue to grow shorter
         # Bytes of a piece that goes alone, or brings others along: where the rate does not tell what is long.
@@ -196,7 +196,7 @@ class Scheduler:
         timeout: float | None = None,
     ) -> None:
         """``enqueue``, for a fragment that exists already. ``whole``: hand it out in one piece, however long it is."""
-        with self._changed:
+        with self._lock:
             if not attentively(
                 lambda seconds: self._room.wait_for(lambda: fragment.state is _SETTLED or self._has_room(), seconds),
                 timeout,
@@ -213,7 +213,7 @@ class Scheduler:
     ) -> Sequence[tuple[PrioritizedFragment, bool, bool]]:
         """``push`` for fragments, each with its ``alone`` and ``whole``, without a wait; gives those for which there
         is no room."""
-        with self._changed:
+        with self._lock:
             room = self.config.queue_limit - self.queue_len
             left: Sequence[tuple[PrioritizedFragment, bool, bool]] = ()
             queued: dict[int, list[PrioritizedFragment]] = {}
@@ -240,7 +240,7 @@ class Scheduler:
     ) -> None:
         """Queue further ranges of a fragment that was begun. ``whole``: hand them out as they are, or in pieces; None:
         as it was."""
-        with self._changed:
+        with self._lock:
             if self._closed or fragment.state is _SETTLED:
                 return
             plan = self._plan(fragment)
@@ -257,7 +257,7 @@ class Scheduler:
 
     def withdraw(self, fragment: PrioritizedFragment) -> None:
         """Hand out nothing of a fragment until :meth:`restart`; what was handed out is stale."""
-        with self._changed:
+        with self._lock:
             if self._closed or fragment.state is _SETTLED:
                 return
             self._drop(fragment)
@@ -278,7 +278,7 @@ class Scheduler:
     ) -> None:
         """Queue a fragment that was begun as if it had not been, at once, however full the queue is; or only the
         ``rest`` of it, if it ends at ``stop``. Not ``alone``: it may be joined with neighbours."""
-        with self._changed:
+        with self._lock:
             if self._closed or fragment.state is _SETTLED:
                 return
             self._drop(fragment)
@@ -294,7 +294,7 @@ class Scheduler:
         queued (or the wait was longer than ``timeout`` seconds). ``release`` gives the connection back.
         """
         end = None if timeout is None else self._clock() + timeout
-        with self._changed:
+        with self._lock:
             while True:
                 if self._closed or not self.queue_len:
                     return None
@@ -318,7 +318,7 @@ class Scheduler:
 
     def release(self, piece: Piece) -> None:
         """Give back the connection of a piece, if it has one still."""
-        with self._changed:
+        with self._lock:
             if piece in self._in_flight:
                 self._end(piece, self._clock())
                 self._changed.notify()
@@ -326,7 +326,7 @@ class Scheduler:
     def assign(self, piece: Piece, lane: int) -> bool:
         """A piece is to be asked of this host. True if it may be; else it is over, and what it was to bring is queued
         there: that host has no connection to spare."""
-        with self._changed:
+        with self._lock:
             at, now = self.lanes[lane], self._clock()
             if self._in_flight[piece] is at:
                 return True
@@ -349,7 +349,7 @@ class Scheduler:
 
     def refused(self, lane: int = 0) -> None:
         """A host wanted fewer connections (429, 503, a timeout)."""
-        with self._changed:
+        with self._lock:
             if self.lanes[lane].refuse(self._clock()):
                 self.rises += 1
                 self._changed.notify_all()
@@ -360,7 +360,7 @@ class Scheduler:
 
     def settle_all(self, ended: Iterable[tuple[PrioritizedFragment, bool]]) -> None:
         """``settle`` for fragments, each with its ``success``."""
-        with self._changed:
+        with self._lock:
             was_queued = False
             for fragment, success in ended:
                 was_queued |= self._drop(fragment)
@@ -376,7 +376,7 @@ class Scheduler:
     def record(self, size: int, piece: Piece | None = None, *, lane: int = 0) -> float:
         """Bytes have arrived, of a piece or else from a host; gives the seconds to pause before the next read, so that
         ``max_bandwidth`` holds."""
-        with self._changed:
+        with self._lock:
             now = self._clock()
             if self._urgent and piece is not None and _is_urgent(piece):
                 self._urgent_at = now
@@ -393,12 +393,12 @@ class Scheduler:
         Else the seconds after which to ask again, or to tell that it will not be sent (``forgo``)."""
         if self.config.max_requests_per_second is None:
             return 0.0
-        with self._changed:
+        with self._lock:
             return self._ration.send(sender, self._clock())
 
     def forgo(self, sender: Sender) -> None:
         """A request that had to wait is not sent."""
-        with self._changed:
+        with self._lock:
             self._ration.leave(sender)
             self._changed.notify_all()
 
@@ -418,7 +418,7 @@ class Scheduler:
         at most."""
         if not self.gives_way(piece):
             return
-        with self._changed:
+        with self._lock:
             now = self._clock()
             end = now + _LONGEST_PAUSE
             while now < end and self._must_give_way(now) and not _is_urgent(piece):
@@ -498,7 +498,7 @@ class Scheduler:
     @property
     def is_rationed(self) -> bool:
         """Whether anything waits for ``max_bandwidth`` or ``max_requests_per_second``."""
-        with self._changed:
+        with self._lock:
             now = self._clock()
             is_short = self._budget.delay(now) > 0 or self._ration.delay(Priority.IDLE, now) > 0
             return is_short and (self.queue_len > 0 or self._ration.has_line)
@@ -517,7 +517,7 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """A snapshot of everything that is counted here."""
-        with self._changed:
+        with self._lock:
             return SchedulerStats(
                 queued=self.queue_len,
                 active=self.active,
@@ -533,7 +533,7 @@ class Scheduler:
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
         """Move all fragments of this id that are not done to another level; False if there is none."""
         level = _level(priority)
-        with self._changed:
+        with self._lock:
             moved = False
             for lane in self.lanes:
                 moved |= lane.queue.update_priority(fragment_id, level)
@@ -549,7 +549,7 @@ class Scheduler:
     def move(self, fragment: PrioritizedFragment, priority: Priority) -> None:
         """Move exactly this fragment to another level, wherever it is."""
         level = _level(priority)
-        with self._changed:
+        with self._lock:
             if fragment.priority != level:
                 is_queued = self._queue_of(fragment).discard(fragment)
                 fragment.priority = level
@@ -566,7 +566,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Hand out nothing more; whoever waits for a piece gets None."""
-        with self._changed:
+        with self._lock:
             if not self._closed:
                 for lane in self.lanes:
                     lane.keep(self._clock())
@@ -684,7 +684,7 @@ class Scheduler:
     def send_to(self, lane: int, fragment: PrioritizedFragment) -> None:
         """Have a fragment wait for another host."""
         if fragment.lane != lane:
-            with self._changed:
+            with self._lock:
                 self._move_to(lane, fragment)
                 self._changed.notify_all()
 
@@ -774,7 +774,7 @@ class Scheduler:
         return begun + parts
 
     def _forget_queued(self) -> list[PrioritizedFragment]:
-        with self._changed:
+        with self._lock:
             found = [fragment for lane in self.lanes for fragment in lane.queue.clear()]
             found += self._withdrawn
             self._parked -= self._withdrawn

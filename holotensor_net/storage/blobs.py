@@ -53,6 +53,7 @@ __all__ = ["BlobStore", "Left", "is_worth_a_sync"]
 _T = TypeVar("_T")
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_TOKEN = re.compile(r"[0-9a-f]{32}")
 _MAPPING_PAYS_FROM = 1 << 16
 _BACKDATED = 2_000_000_000
 
@@ -162,8 +163,8 @@ class BlobStore:
 
     @property
     def filling(self) -> int:
-        """Bytes of the part files that this object has in use, reserved ones included."""
-        return sum(tuple(self._filling.values()))
+        """Bytes of the part files that this object has in use, reserved ones included; none for an unknown length."""
+        return sum(self._filling.copy().values())  # a part that is garbage may go at any moment
 
     def has_part(self, subject: str) -> bool:
         """Whether a part file of this subject could be resumed."""
@@ -295,7 +296,8 @@ class BlobStore:
             items, damaged = scan(self.root / "partial"), scan(self.root / "quarantine")
         for item in damaged:
             with contextlib.suppress(OSError):
-                found[token_of(item.name)] = Left("", item.stat(follow_symlinks=False).st_size, 0.0)
+                if _is_aside(Path(item.path)):
+                    found[token_of(item.name)] = Left("", item.stat(follow_symlinks=False).st_size, 0.0)
         for item in items:
             subject, path = subject_of(item.name), Path(item.path)
             if subject and self._is_left(path, _IDLE_FOR):
@@ -378,7 +380,8 @@ class BlobStore:
 
 
 def _is_aside(path: Path) -> bool:
-    return path.parent.name == "quarantine"
+    """Whether this is a file that was set aside, and no stray one."""
+    return path.parent.name == "quarantine" and _TOKEN.fullmatch(token_of(path.name)) is not None
 
 
 def _can_be_resumed(path: Path) -> bool:

@@ -432,6 +432,9 @@ class _MemoryTier:
         if size > self._buffers.maxsize * _LARGEST_BUFFER and size > held.view.nbytes:
             held = Held(held.entry, memoryview(bytes(held.view)))
             size = held.view.nbytes
+            known = self._buffers.get(id(held.view.obj))  # there is but one object without bytes
+            if known is not None:
+                return held, known
         buffer = _Buffer(id(held.view.obj), size)
         if (size or 1) > self._buffers.maxsize:
             return held, None

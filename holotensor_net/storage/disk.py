@@ -66,7 +66,7 @@ class DiskTier:
         named = functools.partial(_named, self.entries)
         self._ledger = Ledger(self._news, self.blobs.digests, self.blobs.left, named)
         self._sweeping = threading.Lock()
-        self._has_left = False
+        self._may_be_full = False
         self._in_vain_until = 0.0  # by the monotonic clock
         with contextlib.suppress(CacheError):
             self.sweep()
@@ -145,7 +145,8 @@ class DiskTier:
             self.collect()
 
     def size(self, *, is_urgent: bool = False) -> int:
-        """Bytes of all blobs, of part files that may be resumed or are being filled here, and of what was set aside.
+        """Bytes of all blobs, of part files that may be resumed or are being filled here, and of what was set aside;
+        of a file whose length is not known, nothing before it is published.
         ``is_urgent``: what is known by now, while another thread is at the folder."""
         if not self._ledger.is_counted() and self._sweeping.acquire(blocking=not is_urgent):
             try:
@@ -166,8 +167,8 @@ class DiskTier:
     def tidy(self) -> None:
         """:meth:`collect`, and make room for part files that were left."""
         self.collect()
-        if self._has_left:
-            self._has_left = False
+        if self._may_be_full:
+            self._may_be_full = False
             self._keep_to_limit()
 
     def shrink(self, limit: int, *, only_above: int = 0, anew: bool = True, is_urgent: bool = False) -> int:
@@ -176,6 +177,7 @@ class DiskTier:
         gone. ``is_urgent``: unless another thread is at it."""
         dropped: list[str] = []
         if not self._sweeping.acquire(blocking=not is_urgent):
+            self._may_be_full = True  # work for others
             return 0
         try:
             if anew:
@@ -249,8 +251,8 @@ class DiskTier:
             self._keep_to_limit()
 
     def _keep_to_limit(self) -> None:
-        """Let others go if there is too much. Nobody waits for another thread that is at it: that one looks again when
-        it is done, and then finds what was announced meanwhile."""
+        """Let others go if there is too much. Nobody waits for another thread that is at it: if that one lets go of
+        entries, it looks again, and then finds what was announced meanwhile; else :meth:`tidy` does."""
         freed = 1
         while freed and self.size(is_urgent=True) > self._config.max_size:
             filling = self.blobs.filling
@@ -268,10 +270,8 @@ class DiskTier:
         if self._lacking(size) <= 0:
             return
         if time.monotonic() >= self._in_vain_until:
-            held, lacking = (
-                self.size() - self.blobs.filling,
-                self._lacking(size),
-            )  # in this order: what goes meanwhile is not counted twice
+            held = self.size() - self.blobs.filling
+            lacking = self._lacking(size)  # after that: what goes meanwhile is not counted twice
             if 0 < lacking <= held:
                 self.shrink(max(0, held - lacking - held // _SPARED_SHARE), only_above=held - lacking, anew=False)
                 if self._lacking(size) > 0:  # somebody maps what went, or the file system takes its time
@@ -388,7 +388,7 @@ class DiskTier:
         if size is None:
             self._ledger.tell(Item(Kind.NO_PART, subject, token))
         else:
-            self._has_left = True
+            self._may_be_full = True
             self._ledger.tell(Item(Kind.PART if subject else Kind.ASIDE, subject, token, size))
 
 

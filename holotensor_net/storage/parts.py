@@ -222,9 +222,9 @@ class PartFile:
             # Any later write is then sure to show in the file's time, though it came in the same tick of the clock.
             past = time.time_ns() - _BACKDATED
             os.utime(self.path, ns=(past, past))
+            if self._lost:
+                raise OSError(self._lost, os.strerror(self._lost))
             if durable:
-                if self._lost:
-                    raise OSError(self._lost, os.strerror(self._lost))
                 self._sync(fd, whole=True)
             os.replace(self.path, target)
             yield fd

@@ -115,7 +115,7 @@ class HttpClient:
         self._clock = clock
         self._wall = wall
         self._url_of = functools.lru_cache(256)(self.endpoint.url_of)
-        self._own: tuple[str | None, dict[str, str]] | None = None  # headers of every request, and what they were for
+        self._own: tuple[object, dict[str, str]] | None = None  # headers of every request, and what they were made of
         self._reset(closed=False)
 
     def _reset(self, *, closed: bool) -> None:
@@ -622,13 +622,14 @@ class HttpClient:
     def _own_headers(self) -> dict[str, str]:
         """Those of every request, with the credential that is given now. Not to be changed."""
         authorization, known = self._authorization(), self._own
-        if known is not None and known[0] == authorization:
+        reason = authorization, *self.endpoint.headers.items()
+        if known is not None and known[0] == reason:
             return known[1]
         own = {**self.endpoint.headers, "User-Agent": self.config.user_agent, "Accept": "*/*"}
         if authorization is not None:
             own["Authorization"] = authorization
         _check_sendable(own)
-        self._own = authorization, own
+        self._own = reason, own
         return own
 
     def _authorization(self) -> str | None:

@@ -2183,7 +2183,7 @@ def test_no_lock_is_held_while_what_was_given_up_is_deleted(
 
         look = threading.Thread(target=look_in)
         look.start()
-        look.join(0.5)
+        look.join(NEVER)
         held.put(look.is_alive())
         discard(part)
 
@@ -2196,6 +2196,28 @@ def test_no_lock_is_held_while_what_was_given_up_is_deleted(
     call.fail(ProtocolError("for a test"), after=OLD[:100])
     assert future.result(NEVER).error is not None
     assert held.get(timeout=NEVER) is False
+
+
+@pytest.mark.parametrize("where", ["open", "enter", "next_for"])
+def test_an_interrupt_while_it_is_asked_for_leaves_nothing_that_nobody_brings(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    it = bench()
+    owner: object = it.fetcher._courier if where == "next_for" else it.fetcher._books
+    does = getattr(owner, where)
+
+    def interrupted(*given: object, **more: object) -> None:
+        does(*given, **more)
+        monkeypatch.setattr(owner, where, does)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        it.submit(pinned(CHUNK))
+    assert it.is_quiet()
+    future = it.submit(pinned(CHUNK))
+    it.call().answer(OLD)
+    assert got(future) == OLD[:CHUNK]
 
 
 def test_the_alarm_of_a_deadline_ends_with_its_load(bench: Callable[..., Bench]) -> None:

@@ -1021,6 +1021,20 @@ class TestQuota:
         assert [key for key in "abcd" if key in other] == ["a", "c", "d"]
         assert cache.stats().disk_size == other.stats().disk_size == 900
 
+    @pytest.mark.parametrize("stray", [".DS_Store", "x" * 64 + ".deadbeef", "notes.txt"])
+    def test_stray_files_beside_those_set_aside_do_no_harm(self, open_cache: Open, tmp_path: Path, stray: str) -> None:
+        aside = tmp_path / "cache" / "quarantine"
+        aside.mkdir(parents=True)
+        (aside / stray).write_bytes(bytes(1000))
+        with open_cache(max_size=20_000, memory_size=0) as cache:
+            for number in range(8):
+                cache.put(f"k{number}", random.randbytes(4000))
+            assert cache.stats().disk_size <= 20_000
+            assert cache.stats().disk_size == sum(p.stat().st_size for p in (tmp_path / "cache/blobs").rglob("*/*"))
+            cache.prune(0)
+            cache.clear()
+            assert cache.stats().disk_size == 0
+
     def test_clearing_takes_what_was_set_aside(self, open_cache: Open, tmp_path: Path) -> None:
         cache = open_cache()
         cache.put("a", bytes(300))
@@ -1497,3 +1511,16 @@ class TestKill:
         )
         assert done.stdout == "killed 100 seen True at last True\n", done
         assert done.stderr == ""
+
+
+def test_fragments_without_bytes_are_counted_like_others() -> None:
+    """They are copied out of buffers that are too large to be kept for them."""
+    with FragmentCache(CacheConfig(directory=False, memory_size=1000)) as cache:
+        for number in range(3000):
+            name = f"k{number}"
+            cache.take(name, memoryview(bytes(300))[:0], CacheEntry(name, 0))
+        kept = [entry.fragment_id for entry in cache]
+        for name in kept:
+            assert bytes(cache.take(name, memoryview(b"xyz"), CacheEntry(name, 3))) == b"xyz"
+            assert cache.remove(name)
+        assert (cache.stats().entries, cache.stats().memory_size) == (0, 0)

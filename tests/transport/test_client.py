@@ -1328,6 +1328,16 @@ def test_nothing_that_identifies_the_caller_crosses_to_another_origin(client: Op
         }
 
 
+def test_a_header_that_is_changed_in_its_place_is_sent_as_it_is(client: Open) -> None:
+    own = {"X-Api-Key": "first"}
+    with Wire(*[part(DATA, 5, 9, etag=TAG)] * 3) as wire:
+        asking = client(wire, headers=own)
+        for key in ("first", "second", "second"):
+            asking.endpoint.headers["X-Api-Key"] = key
+            assert asking.fetch_range("a", (5, 9)) == DATA[5:9]
+        assert [request.headers["x-api-key"] for request in wire.requests] == ["first", "second", "second"]
+
+
 def test_what_was_shed_is_not_put_on_again_on_the_way_home(client: Open) -> None:
     def back(_: object) -> bytes:
         return answer(status=302, location=f"{home.url}/c")
