@@ -55,11 +55,11 @@ class Latch:
             while not self._lock.acquire(blocking=False):
                 time.sleep(nap)
                 nap = min(2 * nap, _LONGEST_NAP)
+            return True
         except BaseException:
             if self._is_owned():
                 self._lock.release()
             raise
-        return True
 
     __enter__ = acquire
 
