@@ -30,15 +30,15 @@ REQUEST = LoadRequest("a", "a")
 
 
 @contextmanager
-def signal_elsewhere() -> Iterator[None]:
-    """While the block waits, another thread takes SIGINT: that does not end a system call of this thread."""
+def signal_elsewhere() -> Iterator[Callable[[], None]]:
+    """Gives what has another thread take SIGINT before long: that does not end a system call of this thread."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     taker = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
-    taker.start()
     try:
-        yield
+        yield taker.start
     finally:
-        taker.join()
+        if taker.ident is not None:
+            taker.join()
         signal.signal(signal.SIGINT, before)
 
 
@@ -64,6 +64,11 @@ def finds_no_room(loader: NetworkLoader) -> None:
         scheduler.enqueue(REQUEST, timeout=LONG)
 
 
+def send_and_wait(send: Callable[[], None], waits: Callable[[], None]) -> None:
+    send()
+    waits()
+
+
 WAITS: list[Callable[[NetworkLoader], None]] = [*(loads, takes, asks_result, asks_exception, finds_no_room)]
 
 
@@ -74,11 +79,11 @@ def test_a_signal_that_another_thread_takes_ends_a_wait(
     with (
         Wire(always=[HOLD]) as server,
         NetworkLoader(NetworkConfig(endpoints=server.url)) as loader,
-        signal_elsewhere(),
+        signal_elsewhere() as send,
     ):
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            waits(loader)
+            send_and_wait(send, lambda: waits(loader))
         assert time.monotonic() - began < SOON
 
 

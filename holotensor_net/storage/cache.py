@@ -39,7 +39,7 @@ __all__ = ["CacheEntry", "CacheStats", "FragmentCache", "name_of"]
 _log = logging.getLogger("holotensor_net.cache")
 
 _LARGEST_BUFFER = 0.125
-"""Of the memory tier."""
+"""Share of the memory tier: of a buffer that would take more, parts are copied."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ class DiskTier:
                     self._delete(digest)
 
     def tidy(self) -> None:
-        """:meth:`collect`, and make room for part files that were left."""
+        """:meth:`collect`, and make room: for part files that were left, and where another thread was at the folder."""
         self.collect()
         if self._may_be_full:
             self._may_be_full = False

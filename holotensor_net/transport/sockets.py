@@ -23,9 +23,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from urllib3.exceptions import (
-    HeaderParsingError,
-)
+from urllib3.exceptions import HeaderParsingError
 from urllib3.util import wait_for_read
 from urllib3.util.response import assert_header_parsing
 

@@ -70,6 +70,23 @@ def store(tmp_path: Path) -> BlobStore:
     return BlobStore(tmp_path / "cache")
 
 
+SlowDisk = tuple[threading.Event, threading.Event]
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
+    """Set when a flush has begun, and to be set for it to end."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def sync(_: int) -> None:
+        begun.set()
+        assert ended.wait(10)
+
+    monkeypatch.setattr(journal, "SYNC_EVERY", LARGE)
+    monkeypatch.setattr(os, "fdatasync", sync)
+    return begun, ended
+
+
 class TestDigest:
     @pytest.mark.parametrize("size", [*SIZES, (1 << 20) + 1])
     def test_is_blake3_whatever_the_number_of_threads(self, size: int) -> None:
@@ -523,15 +540,8 @@ class TestFailingDisk:
             assert part.view() == bytes(3 * LARGE)
         assert files(store.root) == []
 
-    def test_a_disk_that_is_far_behind_is_waited_for(self, store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        begun, ended = threading.Event(), threading.Event()
-
-        def sync(_: int) -> None:
-            begun.set()
-            assert ended.wait(10)
-
-        monkeypatch.setattr(journal, "SYNC_EVERY", LARGE)
-        monkeypatch.setattr(os, "fdatasync", sync)
+    def test_a_disk_that_is_far_behind_is_waited_for(self, store: BlobStore, slow_disk: SlowDisk) -> None:
+        begun, ended = slow_disk
         with store.create(6 * LARGE, subject="a" * 64, note={"what": "this"}) as part:
             part.write(0, bytes(6 * LARGE))
             flushing = threading.Thread(target=part.settle, args=(0, LARGE))
@@ -578,15 +588,8 @@ class TestFailingDisk:
         assert [path.stat().st_size for path in files(store.root)] == [3 * LARGE]
         assert store.open(digest, 3 * LARGE) == bytes(3 * LARGE)
 
-    def test_others_go_on_while_one_flushes(self, store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        begun, ended = threading.Event(), threading.Event()
-
-        def sync(_: int) -> None:
-            begun.set()
-            assert ended.wait(10)
-
-        monkeypatch.setattr(journal, "SYNC_EVERY", LARGE)
-        monkeypatch.setattr(os, "fdatasync", sync)
+    def test_others_go_on_while_one_flushes(self, store: BlobStore, slow_disk: SlowDisk) -> None:
+        begun, ended = slow_disk
         with store.create(4 * LARGE, subject="a" * 64, note={"what": "this"}) as part:
             part.write(0, bytes(4 * LARGE))
             flushing = threading.Thread(target=part.settle, args=(0, LARGE))

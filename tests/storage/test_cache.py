@@ -1044,6 +1044,15 @@ class TestQuota:
         assert cache.stats().disk_size == 0
         assert of("quarantine", tmp_path / "cache") == []
 
+    def test_what_could_not_be_evicted_at_once_is_when_the_cache_is_tidied(self, open_cache: Open) -> None:
+        cache = open_cache(max_size=1000)
+        cache.put("old", payload("old", 900))
+        with cache._disk._sweeping:  # type: ignore[union-attr]
+            cache.put("new", payload("new", 900))
+            assert cache.stats().disk_size == 1800
+        cache.sync()
+        assert cache.stats().disk_size == 900
+
     def test_nobody_waits_for_who_evicts(self, open_cache: Open, monkeypatch: pytest.MonkeyPatch) -> None:
         evicting, done = threading.Event(), threading.Event()
         cache = open_cache(max_size=1000)
