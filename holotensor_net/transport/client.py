@@ -72,18 +72,7 @@ _PROXY_VARIABLES = (  # and that which has Python leave HTTP_PROXY out: to a web
 _PROXY_VARIABLES_AS_BYTES = tuple(map(os.fsencode, _PROXY_VARIABLES))
 
 # What may follow a redirect to another origin: nothing that could identify the caller.
-_TRAVELS = frozenset(
-    (
-        "accept",
-        "accept-encoding",
-        "range",
-        "if-match",
-        "if-none-match",
-        "if-modified-since",
-        "if-unmodified-since",
-        "user-agent",
-    )
-)
+_TRAVELS = frozenset(("accept", "user-agent"))
 
 
 class _Pace(NamedTuple):
