@@ -150,8 +150,8 @@ class BlobStore:
         With a ``note``, what JSON can say, it can be resumed by whoever knows its ``subject``, some hex digits.
         """
         with translated("make a part file", self.root):
-            path = self._folder("partial") / private_name(subject if note is not None else "")
-            part = PartFile(self, path, os.open(path, CREATING, 0o600), size)
+            path = f"{self._partial}/{private_name(subject if note is not None else '')}"
+            part = PartFile(self, Path(path), self._begun(path), size)
             try:
                 if note is not None:
                     part.begin_journal(note)
@@ -177,10 +177,15 @@ class BlobStore:
         """
         for path in self._left(subject):
             mine = path.with_name(private_name(subject))
-            with contextlib.suppress(OSError):
+            try:
                 os.rename(path, mine)
                 self._on_left(subject, token_of(path.name), None)
-                found = PartFile.resumed(self, mine, os.open(mine, _RESUMING))
+                fd = os.open(mine, _RESUMING)
+            except OSError:
+                disown(mine.name)
+                continue
+            with contextlib.suppress(CacheError):
+                found = PartFile.resumed(self, mine, fd)
                 if found is not None:
                     return found
         return None
@@ -199,7 +204,7 @@ class BlobStore:
         with translated("publish a file", self.root):
             name = private_name()
             path = f"{self._partial}/{name}"  # no Path: each costs as much as a system call
-            fd = self._made(lambda: os.open(path, CREATING, 0o600), path)
+            fd = self._begun(path)
             try:
                 try:
                     rest = flat(data)
@@ -360,6 +365,14 @@ class BlobStore:
             path /= name
             path.mkdir(mode=0o700, exist_ok=True)
         return path
+
+    def _begun(self, path: str) -> int:
+        """A descriptor of a private file that is new. Raises OSError, and then nobody uses the name."""
+        try:
+            return self._made(lambda: os.open(path, CREATING, 0o600), path)
+        except BaseException:
+            disown(path.rpartition("/")[2])
+            raise
 
     def _made(self, make: Callable[[], _T], path: str) -> _T:
         """What ``make`` gives, once there is the folder that ``path`` lies in."""

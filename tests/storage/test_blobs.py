@@ -504,6 +504,36 @@ class TestFailingDisk:
         with pytest.raises(CacheError, match="ulimit"):
             store.create(3)
 
+    @pytest.mark.parametrize("call", ["open", "rename"])
+    def test_no_name_is_in_use_of_what_could_not_be_made(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        subject = "a" * 64
+        with store.create(1 << 20, subject=subject, note={}) as part:
+            part.write(0, bytes(1 << 20))
+            part.settle(0, 1 << 19)
+            part.keep()
+        before = set(owners._mine)
+        really_open = os.open
+
+        def fail(path: object, flags: object = None, *_: object, **__: object) -> int:
+            if isinstance(flags, int) and flags & os.O_ACCMODE == os.O_RDONLY:
+                return really_open(str(path), flags)
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(os, call, fail)
+            with contextlib.suppress(CacheError):
+                store.put(b"abc")
+            with contextlib.suppress(CacheError), store.create(3):
+                pass
+            assert store.resume(subject) is None
+        assert set(owners._mine) == before
+        found = store.resume(subject)
+        assert found is not None
+        with found[0] as part:
+            assert part.settled == [(0, 1 << 19)]
+
     @pytest.mark.parametrize("call", ["fsync", "replace", "utime"])
     def test_failure_to_publish_leaves_no_blob_and_no_litter(
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch, call: str
