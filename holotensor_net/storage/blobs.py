@@ -111,12 +111,16 @@ class BlobStore:
         """A read-only view of the blob, None if it is absent or damaged (then it is set aside).
 
         ``stamp`` is what :meth:`stamp` gave when the bytes were known to be right. A file that was written to since
-        then is hashed before it is handed out, once in the life of this object. The view outlives the blob.
+        then is hashed before it is handed out, once in the life of this object; one that was never flushed, each time.
+        The view outlives the blob.
         """
         return self._open(digest, size, {None if self._verify_first else stamp, self._stamps.get(digest)})
 
     def stamp(self, digest: str) -> int | None:
-        """The file time (ns) of a blob that this object has published or found right."""
+        """The file time (ns) of a blob that this object has published or found right.
+
+        None for one that was not flushed: what the disk then fails to take is lost, and no time of a file tells.
+        """
         return self._stamps.get(digest)
 
     def check(self, digest: str, size: int) -> bool:
@@ -132,7 +136,8 @@ class BlobStore:
                     if status.st_size == size:
                         view = self._view(fd, size)
                         if status.st_mtime_ns in trusted or digest_of(view) == digest:
-                            self._stamps[digest] = status.st_mtime_ns
+                            if is_worth_a_sync(size):
+                                self._stamps[digest] = status.st_mtime_ns
                             return view
                 finally:
                     os.close(fd)
@@ -214,7 +219,6 @@ class BlobStore:
                     os.utime(path, ns=(moment, moment))
                     if durable:
                         os.fsync(fd)
-                    if target.startswith(self._blobs):
                         self._stamps[target.rpartition("/")[2]] = os.fstat(fd).st_mtime_ns
                 finally:
                     os.close(fd)

@@ -205,7 +205,8 @@ class PartFile:
         target = self._store.path_of(digest)
         with self._moved_to(target, durable=durable) as fd:
             status = os.fstat(fd)
-            self._store._stamps[digest] = status.st_mtime_ns
+            if durable:
+                self._store._stamps[digest] = status.st_mtime_ns
             return self._store._view(fd, status.st_size)
 
     def publish_as(self, target: Path, *, durable: bool = True) -> None:
