@@ -14,6 +14,8 @@ __all__ = ["Lane", "may_begin"]
 
 _AHEAD = 2  # connections that may be begun before those that are as many as never before have been answered
 _SPACING = 0.005  # seconds after which another one may be begun all the same
+_SILENCE = 0.008  # seconds without a byte, at least, that tell that the path is not full
+_SILENT_TRIPS = 4.0  # round trips, likewise
 _KEEP_EVERY = 1.0  # second, at most: to copy what is known costs some 0.1 ms
 _FULL = 0.1  # seconds for which a host that refused gets no more than it was serving then
 
@@ -24,11 +26,19 @@ class Lane:
     ``active`` pieces are in flight, ``urgent`` ones among them of level CRITICAL. ``ceiling``: connections, at most;
     where it ``is_adaptive``, a controller finds the least that fill the path. A number that the host has not answered
     at yet is gone up to step by step: one that refuses any more has few to refuse. ``host``: the name under which what
-    was found is kept for others, and what others found is looked up; None for neither.
+    was found is kept for others, and what others found is looked up; None for neither. ``is_paced``: whether it is us
+    who make bytes wait.
     """
 
     def __init__(
-        self, queue: PriorityQueue, ceiling: int, *, is_adaptive: bool, now: float, host: str | None = None
+        self,
+        queue: PriorityQueue,
+        ceiling: int,
+        *,
+        is_adaptive: bool,
+        now: float,
+        host: str | None = None,
+        is_paced: bool = False,
     ) -> None:
         self.queue = queue
         self.monitor = BandwidthMonitor()
@@ -41,6 +51,8 @@ class Lane:
         self.urgent = 0
         self._ceiling = ceiling
         self._is_adaptive = is_adaptive
+        self._is_paced = is_paced
+        self._heard_at = self._moves_since = now  # the last bytes, and from when on they came to as many as there are
         self._is_idle = True
         self._served: set[object] = set()  # those of which bytes have come
         self._most_served = 0  # at once, since the limit was changed
@@ -62,6 +74,11 @@ class Lane:
         return self.monitor.current_bandwidth / max(1, self.active) or self._expected.each
 
     @property
+    def is_new(self) -> bool:
+        """Whether little is known of the path yet: the first bytes of a connection often come faster than the rest."""
+        return self._is_adaptive and self.controller.is_climbing
+
+    @property
     def round_trip(self) -> float:
         """Seconds, as they were measured, or are expected; 0 if neither."""
         return self.monitor.round_trip or self._expected.round_trip
@@ -77,7 +94,8 @@ class Lane:
         next."""
         if not len(self.queue):
             return min(self.active, self.limit)
-        return min(self.limit, max(self._answered + _AHEAD, self.active + 1))
+        most = self.limit + self._may_be_roused
+        return min(most, max(self._answered + _AHEAD, self.active + 1))
 
     def delay(self, now: float) -> float | None:
         """Seconds until another piece may begin, as far as the host is concerned; None for until something changes.
@@ -86,10 +104,24 @@ class Lane:
             if now < self._full_until and self.active >= self._full:
                 return self._full_until - now
             return 0.0 if self.active < self._answered + _AHEAD else max(0.0, self._begun_at + _SPACING - now)
+        if self._may_be_roused:
+            return max(0.0, self._heard_at + self._silence - now)
         if self.active >= self.most or self.urgent >= self.limit:
             return None
         first = self.queue.peek()
         return 0.0 if first is not None and first.priority == Priority.CRITICAL else None
+
+    @property
+    def _may_be_roused(self) -> bool:
+        """Whether a silence would tell that the path is not full: all that may be there are, and have had bytes."""
+        are_all = self.active == len(self._served) == self.limit
+        is_ours = self._is_paced or self._is_disturbed
+        return are_all and self._is_adaptive and not is_ours and self.controller.may_climb
+
+    @property
+    def _silence(self) -> float:
+        """Seconds without a byte after which the path is not full: as many as it moved before, at least."""
+        return max(_SILENCE, _SILENT_TRIPS * self.round_trip, self._heard_at - self._moves_since)
 
     # -- what happens
 
@@ -97,8 +129,11 @@ class Lane:
         """Another piece is in flight."""
         if self._is_idle:
             self._is_idle = False
+            self._moves_since = now
             self._begin_interval(now)
         self._account(now)
+        if self._may_be_roused and now >= self._heard_at + self._silence:
+            self._revise(now, force=True, is_silent=True)
         self.active += 1
         if self.active > self._answered:
             self._begun_at = now
@@ -132,10 +167,11 @@ class Lane:
             self._most_served = max(self._most_served, len(self._served))
             self._answered = max(self._answered, self._ranks.pop(piece, 0))
         self._account(now)
+        self._heard_at = now
         self._bytes += size
         self._squares += size * size
         has_risen = self._revise(now)
-        before, self._usable = self._usable, self.limit + self._answered
+        before, self._usable = self._usable, self.limit + self._answered + self._may_be_roused
         return has_risen or self._usable > before
 
     def refuse(self, now: float) -> bool:
@@ -166,8 +202,9 @@ class Lane:
         if self.active >= self.limit and len(self.queue):
             self._saturated = True  # work waits for a connection
 
-    def _revise(self, now: float, *, force: bool = False) -> bool:
-        """At the end of an interval: tell the monitor what was measured, and let the controller revise the limit."""
+    def _revise(self, now: float, *, force: bool = False, is_silent: bool = False) -> bool:
+        """At the end of an interval: tell the monitor what was measured, and let the controller revise the limit.
+        ``is_silent``: nothing comes any more."""
         seconds = now - self._began
         is_long_enough = seconds >= self.controller.seconds
         if seconds <= 0 or not (is_long_enough or force):
@@ -175,7 +212,7 @@ class Lane:
         if self._bytes:
             self.monitor.record(self._bytes, seconds)
         before = self.limit
-        if is_long_enough or self._refusals:
+        if is_long_enough or self._refusals or is_silent:
             self.controller.revise(
                 Interval(
                     seconds=seconds,
@@ -188,7 +225,10 @@ class Lane:
                     served=self._most_served,
                 )
             )
+            if is_silent and self.limit == before:
+                self.controller.rouse()
             if self.limit != before:
+                self._moves_since = now
                 self._most_served = len(self._served)
             if self._refusals:
                 self._answered = min(self._answered, self.limit)

@@ -160,6 +160,16 @@ class ConcurrencyController:
         return self._base if self._trial is None else self._trial
 
     @property
+    def is_climbing(self) -> bool:
+        """Whether it still looks for the number that fills the path."""
+        return self._looks is not None
+
+    @property
+    def may_climb(self) -> bool:
+        """Whether it still looks for it, and there are higher ones to try."""
+        return self._looks is not None and self._refusals.allow(self.limit, 2 * self.limit) > self.limit
+
+    @property
     def most(self) -> int:
         """Connections that may be used for a moment: fewer than were refused."""
         return max(self.limit, self._refusals.most)
@@ -186,6 +196,13 @@ class ConcurrencyController:
                 learn(math.log(rate))
         return self.limit
 
+    def rouse(self) -> None:
+        """All connections have had bytes, and for as long as some came none came any more: the path is not full, with
+        no need of another look. A climb goes on."""
+        if self._looks is not None:
+            looks = [*self._looks, *self._sampler.rest()]
+            self._climb_on(_together(looks) if looks else None)
+
     def _is_in_use(self, active: float) -> bool:
         """Whether as many are in use as the limit says. Pieces that began before it was lowered may still run: they
         spoil a trial, but hardly what is known of the base."""
@@ -201,7 +218,7 @@ class ConcurrencyController:
 
     def _climb(self, rate: float) -> None:
         """One look while climbing: go on, look again, or stop."""
-        looks, is_first = self._looks, self._trial is None
+        looks, is_first = self._looks, not self._base_rate.count
         assert looks is not None
         if looks and rate < looks[-1][0]:  # what rises is no scatter, but what falls is
             self._scatter.learn(rate - looks[-1][0])
@@ -223,15 +240,16 @@ class ConcurrencyController:
                 self._rest()
                 self._settling = _LONG  # what was on the way for others still comes, perhaps at one go
 
-    def _climb_on(self, rate: float) -> None:
+    def _climb_on(self, rate: float | None) -> None:
         """Take the number that is tried for the base, and try twice as many, or as many as may be tried. What came
-        beyond proportion was a burst."""
+        beyond proportion was a burst. ``rate``: None if it is not known."""
         if self._trial is not None:
-            if self._base_rate.count:
+            if self._base_rate.count and rate is not None:
                 rate = min(rate, self._base_rate.value + math.log(self.limit / self._base))
             self._grow()
         self._base_rate = _Mean()
-        self._base_rate.add(rate)
+        if rate is not None:
+            self._base_rate.add(rate)
         self._rest()
         level = self._refusals.allow(self._base, 2 * self._base)
         if level > self._base:
@@ -457,6 +475,11 @@ class _Sampler:
         self._seconds = 0.0
         self._bytes = 0
         self._squares = 0.0
+
+    def rest(self) -> list[tuple[float, float]]:
+        """What is not enough for a rate yet, all the same: its logarithm, and seconds; nothing if there is none."""
+        is_any = self._bytes > 0 and self._seconds > 0
+        return [(math.log(self._bytes / self._seconds), self._seconds)] if is_any else []
 
     def add(self, interval: Interval) -> float | None:
         if not interval.bytes and not self._has_begun:

@@ -139,7 +139,8 @@ class Scheduler:
         self._lock = lock = Latch()  # not one of its Conditions: an interrupt may leave those locked
         self._changed = lock.condition()  # for whoever waits for a piece
         self._room = lock.condition()  # for whoever waits for the queue to grow shorter
-        # Bytes of a piece that goes alone, or brings others along: where the rate does not tell what is long.
+        # Bytes of a piece that goes alone, or brings others along, or is of a path that is hardly known: where the rate
+        # does not tell what is long.
         self._modest = min(self.config.chunk_size, _MODEST)
         self._short = self._modest // 4
         arrivals, is_adaptive = itertools.count(), self.config.monitor_bandwidth
@@ -150,6 +151,7 @@ class Scheduler:
                 is_adaptive=is_adaptive,
                 now=clock(),
                 host=host,
+                is_paced=self.config.max_bandwidth is not None,
             )
             for ceiling, host in hosts
         ]
@@ -745,9 +747,8 @@ class Scheduler:
         """Bytes of the next piece."""
         if not self.config.monitor_bandwidth:
             return self.config.chunk_size
-        return piece_worth_asking(
-            lane.round_trip, lane.each, most=self.config.chunk_size, connections=max(1, lane.active)
-        )
+        most = self._modest if lane.is_new else self.config.chunk_size
+        return piece_worth_asking(lane.round_trip, lane.each, most=most, connections=max(1, lane.active))
 
     def _neighbours(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> list[Part]:
         """Short fragments of the same object and level that are cheaper to bring along than to ask for later."""

@@ -1512,7 +1512,7 @@ class Limit:
 
     seconds = 0.25
     most = 64
-    has_learnt = False
+    has_learnt = is_climbing = may_climb = False
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

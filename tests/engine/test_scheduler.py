@@ -560,6 +560,8 @@ def test_whoever_listens_is_told_what_was_forgotten() -> None:
 class Listener:
     """A controller that records what it is told, and limits as it is told to."""
 
+    is_climbing = may_climb = False
+
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.seconds, self.most = 0.25, limit
@@ -1241,6 +1243,18 @@ def test_whoever_waits_for_the_next_step_is_served_when_it_comes() -> None:
     queue.lanes[0].controller = Listener(16)  # type: ignore[assignment]
     push(queue, 0, *map(str, range(16)))
     assert [queue.next(timeout=5) is not None for _ in range(16)] == [True] * 16
+
+
+def test_pieces_are_modest_while_little_is_known_of_the_path() -> None:
+    clock, mib = Clock(), 1 << 20
+    queue = of_hosts(clock, 64, chunk_size=64 * mib)
+    queue.enqueue(LoadRequest("a", "a", expected_size=4096 * mib, checksum=CHECKSUM))
+    queue.lanes[0].monitor.record(10**9, 1.0)
+    assert [piece.byte_range.length for piece in drain(queue)] == [4 * mib] * 4
+    queue.lanes[0].controller = Listener(5)  # type: ignore[assignment]
+    piece = queue.next(timeout=0)
+    assert piece is not None
+    assert piece.byte_range.length > 4 * mib
 
 
 # --- everything at once
