@@ -244,9 +244,10 @@ class RequestCache:
 
     def came_since(self, found: Found, moment: float) -> bool:
         """Whether somebody was given a cached answer after ``moment``, in seconds since the epoch, and it may stand for
-        an answer to all who were asking then, even if it is stale by now (RFC 9111 §4)."""
+        an answer to all who were asking then, even if it is stale by now (RFC 9111 §4). One that is yet to come is
+        from before the clock was set back."""
         freshness = found.entry.freshness
-        return freshness.response_time > moment and not freshness.forbids_stale
+        return moment < freshness.response_time <= self._clock() and not freshness.forbids_stale
 
     def data(self, found: Found) -> memoryview | None:
         """The bytes of a cached answer; None if they are gone or damaged."""
@@ -256,9 +257,10 @@ class RequestCache:
         self, found: Found, head: HeadInfo, request: LoadRequest | None = None, *, asked_at: float | None = None
     ) -> memoryview | None:
         """The bytes of a stale answer whose endpoint has just said that they still hold (304); None if they are gone,
-        or the endpoint spoke of others. With the ``request``, it holds for other parts of the object too."""
+        or others came meanwhile, or the endpoint spoke of others. With the ``request``, it holds for other parts of the
+        object too."""
         data = self._cache.get(found.key, found.entry)
-        if not self._cache.revalidated(found.key, head.headers, requested_at=asked_at):
+        if not self._cache.revalidated(found.key, head.headers, requested_at=asked_at, known=found.entry):
             return None
         if request is not None:
             self._saw(
@@ -276,7 +278,9 @@ class RequestCache:
     def told(self, found: Found) -> HeadInfo:
         """What the network said of a cached answer, latest confirmation included."""
         entry = self._cache.find(found.key)
-        return found.head if entry is None else replace(found, entry=entry).head
+        if entry is None or entry.version != found.entry.version:
+            return found.head
+        return replace(found, entry=entry).head
 
     def is_for_memory(self, size: int | None) -> bool:
         """Whether a fragment is too small to be worth a file while it comes."""

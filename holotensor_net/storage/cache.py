@@ -92,7 +92,11 @@ class FragmentCache:
         """
         name = self._name(key)
         held = self._memory.get(name)
-        if held is None or (entry is not None and _version(held.entry) != _version(entry)):
+        if held is None:
+            held = self._from_disk(name, entry)
+            if held is not None:
+                self._memory.put(name, held)
+        elif entry is not None and held.entry.version != entry.version:
             held = self._from_disk(name, entry)
         if held is None:
             self._usage.miss()
@@ -216,13 +220,22 @@ class FragmentCache:
             return not is_same_entity(etag, entry.etag)
         return entry.freshness.state(self._clock()) is not State.FRESH
 
-    def revalidated(self, key: str, headers_of_304: Mapping[str, str], *, requested_at: float | None = None) -> bool:
+    def revalidated(
+        self,
+        key: str,
+        headers_of_304: Mapping[str, str],
+        *,
+        requested_at: float | None = None,
+        known: CacheEntry | None = None,
+    ) -> bool:
         """Take a 304 into the entry; False, and nothing is freshened, if it speaks of other bytes than those at hand.
 
-        ``requested_at``: when the server was asked; None: now.
+        ``requested_at``: when the server was asked; None: now. ``known``: the entry whose version it was asked for.
         """
         name, now = self._name(key), self._clock()
         entry = self._entry(name)
+        if entry is not None and known is not None and entry.version != known.version:
+            return False  # another has come meanwhile
         if entry is not None:
             entry = entry.confirmed(headers_of_304, now if requested_at is None else requested_at, now)
         if entry is None:
@@ -320,10 +333,7 @@ class FragmentCache:
     def _from_disk(self, name: str, known: CacheEntry | None) -> Held | None:
         if self._disk is not None:
             with self._tolerant:
-                held = self._disk.get(name, known)
-                if held is not None:
-                    self._memory.put(name, held)
-                return held
+                return self._disk.get(name, known)
         return None
 
     def _keep(self, key: str, entry: CacheEntry, view: memoryview, data: PartFile | memoryview) -> memoryview:
@@ -459,7 +469,7 @@ class _MemoryTier:
         """Replace what is known of bytes that are held; do nothing if they are not, or are others by now."""
         with self._lock:
             buffer = self._by_name.get(name)
-            if buffer is not None and _version(buffer.held[name].entry) == _version(entry):
+            if buffer is not None and buffer.held[name].entry.version == entry.version:
                 buffer.held[name].entry = entry
 
     def drop(self, name: str) -> None:
@@ -501,8 +511,3 @@ def name_of(key: str) -> str:
 
 def _itself(key: str) -> str:
     return key
-
-
-def _version(entry: CacheEntry) -> tuple[object, ...]:
-    """What tells the bytes of one entry from those of another that was stored under the same key."""
-    return entry.digest, entry.etag, entry.cached_at

@@ -129,8 +129,9 @@ class DiskTier:
             return held
 
     def rewrite(self, name: str, entry: CacheEntry) -> None:
-        """Replace what is known of bytes that are there."""
-        if self.entry(name) is not None:
+        """Replace what is known of bytes that are there, unless others have taken their place."""
+        present = self.entry(name)
+        if present is not None and present.version == entry.version:
             self.entries.write(name, entry)
 
     def note(self, name: str, count: int, last: float) -> None:

@@ -82,6 +82,11 @@ class CacheEntry:
         return Validator(self.etag, self.last_modified, self.validator_is_strong)
 
     @property
+    def version(self) -> tuple[object, ...]:
+        """What tells its bytes from those of another entry that was stored under the same key."""
+        return self.digest, self.etag, self.cached_at
+
+    @property
     def freshness(self) -> Freshness:
         received = self.cached_at if self.received_at is None else self.received_at
         return Freshness(self.headers, received if self.requested_at is None else self.requested_at, received)

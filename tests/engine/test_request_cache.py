@@ -248,6 +248,46 @@ def test_a_304_that_speaks_of_another_version_confirms_nothing(cache: RequestCac
     assert not again.is_fresh
 
 
+@pytest.mark.parametrize(("has_disk", "by_whom"), [(True, "the same"), (True, "another"), (False, "the same")])
+def test_a_304_confirms_nothing_that_has_come_meanwhile(tmp_path: Path, has_disk: bool, by_whom: str) -> None:
+    now = 1e9
+    config = CacheConfig(directory=tmp_path / "cache" if has_disk else False)
+
+    def opened() -> RequestCache:
+        return RequestCache(FragmentCache(config, clock=lambda: now), ENDPOINTS, clock=lambda: now)
+
+    cache = opened()
+    keep(cache, data=b"0123456789")
+    now += 10
+    found = cache.find(REQUEST)
+    assert found is not None
+    keep(cache if by_whom == "the same" else opened(), data=b"abcdefghij", head=head_of(V2))
+    now += 1
+    nameless = HeadInfo(None, headers=FRESH)
+    if by_whom == "the same":
+        assert cache.confirm(found, nameless, REQUEST, asked_at=now - 0.5) is None
+        assert cache.told(found).etag == '"v1"'
+    else:  # what this one has in memory was confirmed, and stays there
+        assert cache.confirm(found, nameless, REQUEST, asked_at=now - 0.5) == b"0123456789"
+        assert cache.told(found).etag == '"v1"'
+    later = cache if by_whom == "the same" else opened()
+    latest = later.find(REQUEST)
+    assert latest is not None
+    assert (latest.entry.etag, latest.is_fresh) == ('"v2"', False)
+    assert later.data(latest) == b"abcdefghij"
+
+
+@pytest.mark.parametrize(("set_back", "counts"), [(0, True), (3600, False)])
+def test_what_came_before_the_clock_was_set_back_did_not_come_since(set_back: float, counts: bool) -> None:
+    now = 1e9
+    cache = RequestCache(FragmentCache(CacheConfig(directory=False), clock=lambda: now), ENDPOINTS, clock=lambda: now)
+    keep(cache)
+    now -= set_back
+    found = cache.find(REQUEST)
+    assert found is not None
+    assert cache.came_since(found, now - 1) is counts
+
+
 def test_a_304_that_forbids_to_store_still_gives_the_bytes(cache: RequestCache) -> None:
     keep(cache)
     found = cache.find(REQUEST)
