@@ -28,7 +28,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter", "transport/pipes"),
         *("transport/heads", "transport/pools"),
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
-        *("storage/claims", "storage/news", "storage/prefix"),
+        *("storage/claims", "storage/news", "storage/prefix", "storage/spans"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
         *("engine/alarms", "engine/hedging"),
         *("formats/strict_json", "formats/dtypes", "formats/tensors"),
@@ -47,7 +47,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("storage/entries", "storage/ledger", "storage/disk", "storage/cache", "storage/results"),
     ),
     3: (
-        *("engine/request_cache", "engine/sinks", "engine/loads", "engine/races", "engine/turns"),
+        *("engine/request_cache", "engine/sinks", "engine/loads", "engine/runs", "engine/books", "engine/races"),
+        "engine/turns",
         *("engine/recovery", "engine/assembly", "engine/courier", "engine/fetcher"),
         *("stream_cache/tiers", "stream_cache/cache"),
     ),
@@ -84,6 +85,8 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("engine/request_cache",),
         ("engine/sinks", "engine/loads"),
+        ("engine/runs",),
+        ("engine/books",),
         ("engine/races", "engine/recovery", "engine/turns"),
         ("engine/assembly",),
         ("engine/courier",),

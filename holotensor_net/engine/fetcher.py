@@ -23,11 +23,13 @@ from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess
 from ..waits import Latch
 from .alarms import Alarms
 from .assembly import Assembly
+from .books import Books, identity_of
 from .courier import Courier
-from .loads import Attempt, Books, Load, Share, Waiter, Whole, identity_of
+from .loads import Attempt, Load, Share, Waiter, Whole
 from .priority import PrioritizedFragment
 from .recovery import Again, Recovery, summary
 from .request_cache import Found, Proven, RequestCache, Resumed
+from .runs import Member, Run
 from .scheduler import Piece, Scheduler
 from .turns import Move, Turns
 
@@ -113,16 +115,18 @@ class Fetcher:
     def submit(self, request: LoadRequest, held: Found | None = None, *, shared: bool = True) -> Future[LoadResult]:
         """A future for the result. An equal request that is in flight is joined; ``shared``: its future may be given
         to both, so that whoever cancels it cancels it for all. Raises Cancelled once closed."""
-        [future] = self.submit_all([(request, held)], shared=shared)
+        [future] = self.submit_all([((request,), held)], shared=shared)
         self._spawn()
         return future
 
     def submit_all(
-        self, asked: Sequence[tuple[LoadRequest, Found | None]], *, shared: bool = True
+        self, asked: Sequence[tuple[Sequence[LoadRequest], Found | None]], *, shared: bool = True
     ) -> list[Future[LoadResult]]:
         """:meth:`submit` for each, without a beginning: more may come that is joined with these, and ``start`` will
-        follow."""
-        may_resume = [held is None and self._cache.has_part(request) for request, held in asked]
+        follow. Several requests in one place make a run."""
+        may_resume = [
+            held is None and len(requests) == 1 and self._cache.has_part(requests[0]) for requests, held in asked
+        ]
         now = self._clock()
         futures: list[Future[LoadResult]] = []
         opened: dict[object, Load | None] = {}  # by identity; None for one that is about to be
@@ -130,19 +134,16 @@ class Fetcher:
             with self._lock:
                 if self._closing.is_set():
                     raise Cancelled("the loader is closed: make a new one")
-                for (request, held), is_begun in zip(asked, may_resume, strict=True):
-                    identity = identity_of(request)
-                    load = self._books.find(identity)
-                    if load is not None:
-                        futures.append(self._join(load, request, now, shared))
+                for (requests, held), is_begun in zip(asked, may_resume, strict=True):
+                    run = self._open_run(requests, opened, now) if len(requests) > 1 else None
+                    if run is not None:
+                        futures += run.members
                         continue
-                    opened[identity] = None
-                    load = self._books.open(request, identity, held, now, whole=self._recovery.is_without_ranges)
-                    opened[identity] = load
-                    load.lane = self._courier.next_for(load)
-                    if is_begun and not load.whole:
-                        load.may_resume = True
-                    futures.append(self._wait_for(load, request, now, shared))
+                    for request in requests:
+                        future, load = self._open(request, held, opened, now, shared)
+                        futures.append(future)
+                        if load is not None and is_begun and not load.whole:
+                            load.may_resume = True
             made = [load for load in opened.values() if load is not None]
             self._queue([load for load in made if not (load.is_repeated and self._is_there(load))])
         except BaseException:  # an interrupt, while the queue was full perhaps
@@ -154,6 +155,47 @@ class Fetcher:
                     self._resolve(load, Cancelled("interrupted before it was queued"))
             raise
         return futures
+
+    def _open(
+        self, request: LoadRequest, held: Found | None, opened: dict[object, Load | None], now: float, shared: bool
+    ) -> tuple[Future[LoadResult], Load | None]:
+        """A future for one request, and the load that was opened for it, if there was none. With the lock held."""
+        member = self._books.member(request)
+        if member is not None:
+            if not member.run.is_queued or request.priority >= member.run.priority:
+                return self._join(member.run, [member], request, now, shared), None
+            self._dissolve(member.run)
+        identity = identity_of(request)
+        load = self._books.find(identity)
+        if load is not None:
+            return self._join(load, load.waiters, request, now, shared), None
+        opened[identity] = None
+        load = self._books.open(request, identity, held, now, whole=self._recovery.is_without_ranges)
+        opened[identity] = load
+        load.lane = self._courier.next_for(load)
+        return self._wait_for(load, request, now, shared), load
+
+    def _open_run(self, requests: Sequence[LoadRequest], opened: dict[object, Load | None], now: float) -> Run | None:
+        """A load for requests that make a run, unless something of it is on its way. With the lock held."""
+        identity = object()
+        opened[identity] = None
+        run = self._books.open_run(requests, identity, now)
+        if run is None:
+            del opened[identity]
+            return None
+        opened[identity] = run
+        run.lane = self._courier.next_for(run)
+        run.on_cancel = self._cancelled
+        return run
+
+    def _dissolve(self, run: Run, *, alone: bool = False) -> None:
+        """Have each fragment of a run come for itself. ``alone``: not joined with others either. With the lock held."""
+        loads, ending = self._books.dissolve(run)
+        for load in loads:
+            load.lane = self._courier.next_for(load)
+        self._scheduler.replace(run, loads, alone=alone)
+        if ending is not None:
+            ending()
 
     def _queue(self, loads: list[Load]) -> None:
         """Queue loads; where there is no room for them, work begins, and the caller waits."""
@@ -187,9 +229,13 @@ class Fetcher:
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
         """Move a load to another level; False if none of that name is in flight."""
         with self._lock:
+            for load in self._books.named(fragment_id):
+                if isinstance(load, Run) and load.is_queued:
+                    self._dissolve(load)
             loads = self._books.named(fragment_id)
             for load in loads:
-                self._scheduler.move(load, priority)
+                if not isinstance(load, Run) or priority < load.priority:  # what is on its way with it is not held up
+                    self._scheduler.move(load, priority)
         return bool(loads)
 
     def cancel(self, fragment_id: str) -> bool:
@@ -230,13 +276,15 @@ class Fetcher:
 
     # -- loads
 
-    def _join(self, load: Load, request: LoadRequest, now: float, shared: bool) -> Future[LoadResult]:
-        """One more who waits for a load in flight. With the lock held."""
+    def _join(
+        self, load: Load, alike: Sequence[Waiter], request: LoadRequest, now: float, shared: bool
+    ) -> Future[LoadResult]:
+        """One more who waits for what these wait for of a load in flight. With the lock held."""
         if request.priority < load.priority:
             self._scheduler.move(load, request.priority)
         if shared and request.deadline is None:
-            for waiter in load.waiters:
-                is_alike = waiter.is_shared and waiter.fragment_id == request.fragment_id
+            for waiter in alike:
+                is_alike = waiter.is_shared and waiter.load is load and waiter.fragment_id == request.fragment_id
                 if is_alike and not waiter.cancelled():
                     return waiter
         return self._wait_for(load, request, now, shared)
@@ -251,6 +299,8 @@ class Fetcher:
         waiter = Waiter(load, request, now, until, is_shared=is_shared)
         waiter.on_cancel = self._cancelled
         self._books.enter(waiter, load)
+        if isinstance(load, Run):
+            load.has_others = True
         if until is not None:
             waiter.alarm = self._alarms.at(until, waiter, self._overdue)
         return waiter
@@ -274,6 +324,11 @@ class Fetcher:
             if is_dropped:
                 _, ending = self._books.close(load)
                 idle = self._courier.idle_races()
+            elif isinstance(load, Run) and isinstance(waiter, Member):
+                if load.is_queued:
+                    self._dissolve(load)
+                else:
+                    self._scheduler.count_out(load)
         if is_dropped:
             self._scheduler.settle(load, success=False)
             self._turns.end(load)
@@ -298,8 +353,11 @@ class Fetcher:
         for load, outcome, waiters, _ in closed:
             if load.turn is not None:
                 self._turns.end(load)
+            if isinstance(load, Run):
+                load.end(outcome, now)
             for waiter in waiters:
-                self._answer(waiter, outcome, now)
+                own = load.part_of(waiter.request, outcome) if isinstance(load, Run) else outcome
+                self._answer(waiter, own, now)
         for race in idle:
             race.stop()
         for _, _, _, ending in closed:
@@ -574,6 +632,9 @@ class Fetcher:
         with self._lock:
             if load.done or share.attempt.abandoned:
                 return  # another piece of it has failed before, and has been seen to
+            if isinstance(load, Run) and not isinstance(error, Cancelled):  # another of it is to blame, perhaps
+                self._dissolve(load, alone=True)
+                return
             # A passing one: the endpoint comes back; or another of joined ranges is to blame, so each is asked alone.
             again = self._recovery.again(load, error, endpoint, is_passing=is_passing, now=self._clock())
             if again is not Again.NOTHING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from ..storage.cache import FragmentCache
 from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority, RangeRequest
 from .fetcher import Fetcher
 from .request_cache import Found, RequestCache
+from .runs import runs_in
 from .scheduler import Scheduler
 from .streaming import StreamingLoader
 
@@ -129,14 +131,34 @@ class NetworkLoader:
         """``enqueue`` for each, but nothing is begun with."""
         without: set[object] = set()
         is_offline = offline(self.config.offline)
-        answers = [self._at_once(request, without, is_offline) for request in requests]
-        asked = [
-            (request, answer)
-            for request, answer in zip(requests, answers, strict=True)
-            if answer is None or isinstance(answer, Found)
-        ]
+        answers: list[LoadResult | int] = []
+        asked: list[tuple[Sequence[LoadRequest], Found | None]] = []
+        for group in self._grouped(requests, is_offline):
+            answer = self._at_once(group[0], without, is_offline) if len(group) == 1 else None
+            if answer is None or isinstance(answer, Found):
+                asked.append((group, answer))
+                answers.append(len(group))
+            else:
+                answers.append(answer)
         futures = iter(self._fetcher.submit_all(asked))
-        return (next(futures) if answer is None or isinstance(answer, Found) else _done(answer) for answer in answers)
+        for told in answers:
+            if isinstance(told, int):
+                yield from itertools.islice(futures, told)
+            else:
+                yield _done(told)
+
+    def _grouped(self, requests: Sequence[LoadRequest], is_offline: bool) -> Iterator[Sequence[LoadRequest]]:
+        """The requests in their order, those that make a run together, of which nothing can be in the cache."""
+        is_plain = self.config.retry.deadline is None and any(each.supports_range for each in self.config.endpoints)
+        if is_offline or not is_plain or self.scheduler.room < len(requests):
+            yield from zip(requests)
+            return
+        short, most = self.scheduler.longest_joined
+        for group in runs_in(requests, short=short, most=most):
+            if len(group) == 1 or self._requests.knows_nothing_of(group):
+                yield group
+            else:
+                yield from zip(group)
 
     def _at_once(
         self, request: LoadRequest, without: set[object] | None = None, is_offline: bool | None = None
@@ -167,7 +189,7 @@ class NetworkLoader:
                     self._fetcher.start()
                     begin_at = time.monotonic() + _GATHERING
         except Exception:  # of whoever makes the requests: those that were made before are under way
-            self._enqueue_all(gathered)
+            list(self._enqueue_all(gathered))
             raise
         else:
             futures.extend(self._enqueue_all(gathered))

@@ -1,4 +1,4 @@
-"""Loads: who asked for what, how far it has come, and the books that hold all of that.
+"""Loads: who asked for what, and how far it has come.
 
 Nothing here waits, reads or writes; the owner's lock guards it.
 """
@@ -6,7 +6,6 @@ Nothing here waits, reads or writes; the owner's lock guards it.
 from __future__ import annotations
 
 import _thread
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -21,12 +20,10 @@ from .priority import PrioritizedFragment
 from .request_cache import Destination, Found
 from .scheduler import Part
 
-__all__ = ["Attempt", "Books", "Load", "Promise", "Share", "Turn", "Waiter", "Whole", "identity_of", "is_sealed"]
+__all__ = ["Attempt", "Load", "Promise", "Share", "Turn", "Waiter", "Whole", "is_sealed"]
 
 
-_MOST_ENDED = 4096
-
-_PENDING, _CANCELLED, _FINISHED = "PENDING", "CANCELLED", "FINISHED"  # as the base class of futures has it
+PENDING, _CANCELLED, FINISHED = "PENDING", "CANCELLED", "FINISHED"  # as the base class of futures has it
 
 
 @dataclass(slots=True, eq=False)
@@ -134,7 +131,7 @@ class Load(PrioritizedFragment):
         return self.request.checksum is not None or self.version is not None
 
 
-class _Gate(_thread.RLock):  # type: ignore[misc]
+class Gate(_thread.RLock):  # type: ignore[misc]
     """The lock of a future on which nobody waits, as whoever waits has an event of his own. A Condition would be the
     most part of what a future weighs; and an interrupt could leave it locked, being written in Python."""
 
@@ -153,15 +150,15 @@ class Promise(Future[LoadResult]):
 
     def __init__(self) -> None:
         # All that the base class would set.
-        self._condition = _Gate()  # type: ignore[assignment]
-        self._state = _PENDING
+        self._condition = Gate()  # type: ignore[assignment]
+        self._state = PENDING
         self._result: LoadResult = None  # type: ignore[assignment]
         self._exception: BaseException | None = None
         self._waiters: list[Any] = []
         self._done_callbacks: list[Callable[[Future[LoadResult]], object]] = []
 
     def result(self, timeout: float | None = None) -> LoadResult:
-        if self._state == _FINISHED and self._exception is None:  # a glance: what is over stays as it is
+        if self._state == FINISHED and self._exception is None:  # a glance: what is over stays as it is
             return self._result
         self._stay(timeout)
         return super().result(0)
@@ -212,6 +209,10 @@ class Waiter(Promise):
     def fragment_id(self) -> str:
         return self.request.fragment_id
 
+    def part_from(self) -> None:
+        """It has left its load, and will be told something of its own."""
+        self.load = None
+
     def cancel(self) -> bool:
         is_cancelled = super().cancel()
         if is_cancelled and self.on_cancel is not None:
@@ -234,98 +235,6 @@ class Share:
     load: Load
     attempt: Attempt
     part: Part
-
-
-class Books:
-    """The loads in flight, by what they are and by the names that callers gave them. Not thread-safe: its owner has a
-    lock."""
-
-    def __init__(self) -> None:
-        self._loads: dict[object, Load] = {}
-        self._ended: OrderedDict[object, None] = OrderedDict()
-        self._by_name: dict[str, Load | dict[Load, None]] = {}  # a lone one stands for itself
-
-    def __len__(self) -> int:
-        return len(self._loads)
-
-    def all(self) -> list[Load]:
-        return list(self._loads.values())
-
-    def named(self, name: str) -> list[Load]:
-        """The loads of which somebody waits for a fragment of this name."""
-        there = self._by_name.get(name, ())
-        return [there] if isinstance(there, Load) else list(there)
-
-    def find(self, identity: object) -> Load | None:
-        """The load that an equal request has begun, one of the same :func:`identity_of`."""
-        return self._loads.get(identity)
-
-    def open(self, request: LoadRequest, identity: object, held: Found | None, now: float, *, whole: bool) -> Load:
-        """A new load, that nobody waits for yet."""
-        load = Load(request, identity, held, now, whole=whole)
-        if identity in self._ended:
-            load.is_repeated = True
-        self._loads[identity] = load
-        return load
-
-    def enter(self, waiter: Waiter, load: Load) -> None:
-        """One more waits for a load."""
-        name = waiter.request.fragment_id
-        load.waiters.append(waiter)
-        there = self._by_name.setdefault(name, load)
-        if isinstance(there, dict):
-            there[load] = None
-        elif there is not load:
-            self._by_name[name] = {there: None, load: None}
-
-    def leave(self, waiter: Waiter) -> Load | None:
-        """One waits no longer; gives the load that it waited for, None if it was told already."""
-        load = waiter.load
-        if load is None:
-            return None
-        waiter.load = None
-        load.waiters.remove(waiter)
-        self._forget_name(load, waiter.fragment_id)
-        return load
-
-    def close(self, load: Load) -> tuple[list[Waiter], Callable[[], None] | None]:
-        """Strike a load out; gives those who are to be told, and what is then to be called without the lock, if
-        anything is."""
-        load.done = True
-        ending = load.attempt.abandon(keep=True)
-        del self._loads[load.identity]
-        self._ended[load.identity] = None
-        if len(self._ended) > _MOST_ENDED:
-            self._ended.popitem(last=False)
-        waiters, load.waiters = load.waiters, []
-        for waiter in waiters:
-            waiter.load = None
-            self._forget_name(load, waiter.request.fragment_id)
-        return waiters, ending
-
-    def _forget_name(self, load: Load, name: str) -> None:
-        """Let a load go by this name no longer, unless somebody else calls it so."""
-        if load.waiters and any(waiter.fragment_id == name for waiter in load.waiters):
-            return
-        there = self._by_name.get(name)
-        if isinstance(there, dict):
-            there.pop(load, None)
-        if there is load or there == {}:
-            del self._by_name[name]
-
-
-def identity_of(request: LoadRequest) -> object:
-    """What makes two requests one load: of plain values, which are hashed several times as fast as others."""
-    wanted = request.byte_range
-    return (
-        request.path,
-        None if wanted is None else wanted.start,
-        None if wanted is None else wanted.stop,
-        request.checksum,
-        request.validator,
-        request.expected_size,
-        request.allow_short,
-    )
 
 
 def is_sealed(share: Share) -> bool:

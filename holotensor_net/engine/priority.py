@@ -36,10 +36,13 @@ class PrioritizedFragment:
     ``priority`` is the level now in force, ``request.priority`` the one first asked for. ``queued_at`` and
     ``deadline_at`` (None if there is none) are seconds on the queue's clock. ``effective_priority`` is the score as it
     was frozen at the last push, move or promotion. ``lane`` and ``state`` are for whoever runs the queues; subclasses
-    may add more.
+    may add more. ``weight``: how many fragments it counts as, where it stands for several.
     """
 
-    __slots__ = ("_arrival", "deadline_at", "effective_priority", "lane", "priority", "queued_at", "request", "state")
+    __slots__ = (
+        *("_arrival", "deadline_at", "effective_priority", "lane", "priority", "queued_at", "request", "state"),
+        "weight",
+    )
 
     def __init__(self, request: LoadRequest, *, queued_at: float = 0.0) -> None:
         self.request = request
@@ -49,6 +52,7 @@ class PrioritizedFragment:
         self.effective_priority = self.score_at(queued_at)
         self.lane = 0
         self.state: object = None
+        self.weight = 1
         self._arrival = _NOT_QUEUED
 
     @property
@@ -105,6 +109,12 @@ class PriorityQueue:
         self._queued = _Index()
         self._ranks = _Ranks()
         self._promotions: list[tuple[float, int]] = []
+        self._more = 0  # fragments beside those that are counted here
+
+    @property
+    def weight(self) -> int:
+        """How many fragments there are, those that something queued stands for included."""
+        return len(self._queued) + self._more
 
     def push(self, fragment: PrioritizedFragment | LoadRequest, *, place: int | None = None) -> PrioritizedFragment:
         """Queue a fragment, or a request as from now; ``place``: one that it had here before, to have again.
@@ -183,6 +193,7 @@ class PriorityQueue:
                 if self._queued.find(fragment._arrival) is fragment:
                     self._queued.remove(fragment)
                     fragment._arrival = _NOT_QUEUED
+                    self._more -= fragment.weight - 1
             self._sweep()
 
     def clear(self) -> list[PrioritizedFragment]:
@@ -191,7 +202,7 @@ class PriorityQueue:
             found = list(self._queued)
             for fragment in found:
                 fragment._arrival = _NOT_QUEUED
-            self._queued, self._ranks, self._promotions = _Index(), _Ranks(), []
+            self._queued, self._ranks, self._promotions, self._more = _Index(), _Ranks(), [], 0
             return found
 
     def get_by_priority(self, min_priority: Priority) -> list[PrioritizedFragment]:
@@ -215,6 +226,7 @@ class PriorityQueue:
         if fragment._arrival != _NOT_QUEUED:
             raise ConfigurationError(f"{fragment!r} is queued already: pop or discard it before it is pushed again")
         fragment._arrival = next(self._arrivals) if place is None else place
+        self._more += fragment.weight - 1
         self._queued.add(fragment)
         self._place(fragment, now)
         if fragment.deadline_at is not None:
@@ -250,6 +262,7 @@ class PriorityQueue:
     def _forget(self, fragment: PrioritizedFragment) -> None:
         self._queued.remove(fragment)
         fragment._arrival = _NOT_QUEUED
+        self._more -= fragment.weight - 1
         self._sweep()
 
     def _sweep(self) -> None:

@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from ..config import CdnEndpoint
-from ..errors import CacheError, redact_url, without_query
+from ..errors import CacheError, NetworkError, redact_url, without_query
 from ..storage.blobs import is_worth_a_sync
 from ..storage.cache import CacheEntry, FragmentCache, name_of
 from ..storage.claims import Claims
 from ..storage.freshness import Freshness, State, kept, refreshed
 from ..storage.memory import MemoryPart
 from ..storage.parts import PartFile
+from ..storage.spans import Span, Spans
 from ..values import HeadInfo, LoadRequest, RangeRequest, Validator
 
 __all__ = ["Destination", "Found", "Proven", "RequestCache", "Resumed", "contradicts"]
@@ -51,12 +52,14 @@ class Destination(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A cached answer to a request. One that is not fresh may be used only if ``endpoint`` confirms its version."""
+    """A cached answer to a request. One that is not fresh may be used only if ``endpoint`` confirms its version.
+    ``part``: where in its bytes those lie that were asked for, if they are not all of them."""
 
     key: str
     entry: CacheEntry
     endpoint: int
     is_fresh: bool
+    part: RangeRequest | None = None
 
     @property
     def head(self) -> HeadInfo:
@@ -120,7 +123,7 @@ class RequestCache:
 
     What a server says with one part of an object holds for all parts of that version: one confirmation does for all,
     and once another version was seen, no part of the old one counts as fresh. ``spare``: bytes of memory that may be
-    kept for later fragments. Thread-safe; the lock guards the sightings.
+    kept for later fragments. Thread-safe; the lock guards the sightings and the spans.
     """
 
     def __init__(
@@ -144,6 +147,8 @@ class RequestCache:
         self._clock = clock
         self._here = threading.local()  # each thread's last answer: it has others' fragments to keep
         self._sightings: dict[str, _Sighting] = {}
+        # Of what memory alone holds; on a disk each range has an entry of its own, which processes share.
+        self._spans = Spans(lambda key: cache.find(key, unseen=True) is not None) if cache.claims is None else None
         self._lock = threading.Lock()
 
     def now(self) -> float:
@@ -195,18 +200,42 @@ class RequestCache:
         ``unseen``: without a look whether its bytes are there, for whoever asks for :meth:`data` next."""
         stale: Found | None = None
         for index in range(len(self._endpoints)):
-            key = self.key(request, index)
-            entry = self._cache.find(key, unseen=unseen)
-            if entry is None or not _fits(request, entry):
-                continue
-            varies_on = entry.freshness.varies_on if "vary" in entry.headers else ()
-            if request.checksum is None and entry.variant != self._variant(index, varies_on):
-                continue
-            if request.checksum is not None or _is_pinned(request, entry) or self._is_fresh(request, index, entry):
-                return Found(key, entry, index, is_fresh=True)
-            if stale is None and not (unseen and self._cache.find(key) is None):
-                stale = Found(key, entry, index, is_fresh=False)
+            for key, part in self._places(request, index):
+                entry = self._cache.find(key, unseen=unseen)
+                if entry is None or not _fits(request, entry, entry.size if part is None else part.length):
+                    continue
+                varies_on = entry.freshness.varies_on if "vary" in entry.headers else ()
+                if request.checksum is None and entry.variant != self._variant(index, varies_on):
+                    continue
+                if request.checksum is not None or _is_pinned(request, entry) or self._is_fresh(request, index, entry):
+                    return Found(key, entry, index, is_fresh=True, part=part)
+                if stale is None and not (unseen and self._cache.find(key) is None):
+                    stale = Found(key, entry, index, is_fresh=False, part=part)
         return stale
+
+    def _places(self, request: LoadRequest, endpoint: int) -> Iterator[tuple[str, RangeRequest | None]]:
+        """The keys under which an answer may be, and which part of that it is."""
+        yield self.key(request, endpoint), None
+        wanted = request.byte_range
+        if self._spans is None or wanted is None or request.checksum is not None or request.allow_short:
+            return
+        with self._lock:
+            span = self._spans.covering(self._object(request.path, endpoint), wanted)
+        if span is not None and span[:2] != (wanted.start, wanted.stop):
+            yield span.key, RangeRequest(wanted.start - span.start, wanted.stop - span.start)
+
+    def knows_nothing_of(self, requests: Sequence[LoadRequest]) -> bool:
+        """Whether memory alone holds what is known, and nothing of an object where these requests lie in a row."""
+        path, first, last = requests[0].path, requests[0].byte_range, requests[-1].byte_range
+        if self._spans is None or first is None or last is None:
+            return False
+        try:
+            names = [self._object(path, endpoint) for endpoint in range(len(self._endpoints))]
+        except NetworkError:  # a path that cannot be asked for
+            return False
+        with self._lock:
+            is_known = any(self._spans.has_any(name, first.start, last.stop) for name in names)
+        return not is_known and not self.may_have_whole(path)
 
     def may_have_whole(self, path: str) -> bool:
         """Whether there is a cached answer of any endpoint that holds all of the object."""
@@ -251,7 +280,8 @@ class RequestCache:
 
     def data(self, found: Found) -> memoryview | None:
         """The bytes of a cached answer; None if they are gone or damaged."""
-        return self._cache.get(found.key, found.entry)
+        data, part = self._cache.get(found.key, found.entry), found.part
+        return data if data is None or part is None else data[part.start : part.stop]
 
     def confirm(
         self, found: Found, head: HeadInfo, request: LoadRequest | None = None, *, asked_at: float | None = None
@@ -259,7 +289,7 @@ class RequestCache:
         """The bytes of a stale answer whose endpoint has just said that they still hold (304); None if they are gone,
         or others came meanwhile, or the endpoint spoke of others. With the ``request``, it holds for other parts of the
         object too."""
-        data = self._cache.get(found.key, found.entry)
+        data = self.data(found)
         if not self._cache.revalidated(found.key, head.headers, requested_at=asked_at, known=found.entry):
             return None
         if request is not None:
@@ -273,7 +303,7 @@ class RequestCache:
         another version since."""
         freshness = self._freshness(request, found.endpoint, found.entry)
         is_allowed = freshness is not None and freshness.may_serve_stale(self._clock())
-        return self._cache.get(found.key, found.entry) if is_allowed else None
+        return self.data(found) if is_allowed else None
 
     def told(self, found: Found) -> HeadInfo:
         """What the network said of a cached answer, latest confirmation included."""
@@ -357,7 +387,18 @@ class RequestCache:
         with self._unkept():
             for place, data in zip(places, self._cache.take_all(taken), strict=True):
                 views[place] = data
+            self._note_spans([proven[place] for place in places], [key for key, _, _ in taken], endpoint)
         return views
+
+    def _note_spans(self, proven: Sequence[Proven], keys: Sequence[str], endpoint: int) -> None:
+        """These are in memory, so that parts of them are found too."""
+        if self._spans is None:
+            return
+        with self._lock:
+            for each, key in zip(proven, keys, strict=True):
+                wanted = each.request.byte_range
+                if wanted is not None and each.request.checksum is None and wanted == each.wanted:
+                    self._spans.add(self._object(each.request.path, endpoint), Span(wanted.start, wanted.stop, key))
 
     @contextlib.contextmanager
     def _unkept(self) -> Iterator[None]:
@@ -453,12 +494,12 @@ def _resumed(request: LoadRequest, endpoint: int, part: PartFile, note: Mapping[
     return Resumed(endpoint, HeadInfo(size, validator), wanted, part, missing) if missing else None
 
 
-def _fits(request: LoadRequest, entry: CacheEntry) -> bool:
-    """Whether a cached answer can be one to this request at all."""
-    if request.expected_size is not None and entry.size != request.expected_size:
+def _fits(request: LoadRequest, entry: CacheEntry, size: int) -> bool:
+    """Whether ``size`` bytes of a cached answer can be one to this request at all."""
+    if request.expected_size is not None and size != request.expected_size:
         return False
     wanted, pinned = request.byte_range, request.validator
-    if wanted is not None and entry.size != wanted.length and not request.allow_short:
+    if wanted is not None and size != wanted.length and not request.allow_short:
         return False
     if pinned is None or request.checksum is not None:
         return True

@@ -216,7 +216,7 @@ class Scheduler:
         """``push`` for fragments, each with its ``alone`` and ``whole``, without a wait; gives those for which there
         is no room."""
         with self._lock:
-            room = self.config.queue_limit - self.queue_len
+            room = self.room
             left: Sequence[tuple[PrioritizedFragment, bool, bool]] = ()
             queued: dict[int, list[PrioritizedFragment]] = {}
             for index, (fragment, alone, whole) in enumerate(entries):
@@ -225,7 +225,7 @@ class Scheduler:
                 if room <= 0:
                     left = entries[index:]
                     break
-                room -= 1
+                room -= fragment.weight
                 self._prepare(fragment, alone=alone, whole=whole)
                 queued.setdefault(fragment.lane, []).append(fragment)
             for lane, fragments in queued.items():
@@ -368,12 +368,31 @@ class Scheduler:
                 was_queued |= self._drop(fragment)
                 fragment.state = _SETTLED
                 if success:
-                    self._completed += 1
+                    self._completed += fragment.weight
                 else:
-                    self._failed += 1
+                    self._failed += fragment.weight
             if was_queued:
                 self._changed.notify_all()
             self._room.notify_all()
+
+    def replace(self, fragment: PrioritizedFragment, others: Sequence[PrioritizedFragment], *, alone: bool) -> None:
+        """Queue these in place of the one that stood for them, however full the queue is; what was handed out of it is
+        stale. ``alone``: none of them is joined with neighbours."""
+        with self._lock:
+            self._drop(fragment)
+            fragment.state = _SETTLED
+            if not self._closed:
+                for other in others:
+                    self._put(other, alone=alone, whole=False)
+            self._room.notify_all()
+            self._changed.notify_all()
+
+    def count_out(self, fragment: PrioritizedFragment) -> None:
+        """One of those that a fragment stands for is not wanted any more; its bytes are on their way."""
+        with self._lock:
+            if not fragment.is_queued and fragment.weight > 1:
+                fragment.weight -= 1
+                self._failed += 1
 
     def record(self, size: int, piece: Piece | None = None, *, lane: int = 0) -> float:
         """Bytes have arrived, of a piece or else from a host; gives the seconds to pause before the next read, so that
@@ -449,7 +468,17 @@ class Scheduler:
     @property
     def queue_len(self) -> int:
         """Fragments of which something is still to be handed out."""
-        return sum([len(lane.queue) for lane in self.lanes])
+        return sum([lane.queue.weight for lane in self.lanes])
+
+    @property
+    def room(self) -> int:
+        """Fragments that may be added without a wait."""
+        return self.config.queue_limit - self.queue_len
+
+    @property
+    def longest_joined(self) -> tuple[int, int]:
+        """Bytes of a short fragment, and of several that are asked for together, at the most."""
+        return self._short, self._modest
 
     @property
     def is_half_full(self) -> bool:

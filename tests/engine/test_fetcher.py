@@ -30,9 +30,10 @@ import wire
 from wire import HOLD, RESET, Request, Wire, answer, black_hole, chunked, closed_port, part
 
 from holotensor_net.config import CacheConfig, CdnEndpoint, NetworkConfig, RetryConfig
+from holotensor_net.engine.books import Books, identity_of
 from holotensor_net.engine.fetcher import Fetcher
 from holotensor_net.engine.loader import NetworkLoader
-from holotensor_net.engine.loads import Books, Share, identity_of
+from holotensor_net.engine.loads import Share
 from holotensor_net.engine.request_cache import Destination, RequestCache
 from holotensor_net.engine.scheduler import Part, Scheduler
 from holotensor_net.errors import (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from holotensor_net.engine.loads import Attempt, Books, Load, Waiter, identity_of
+from holotensor_net.engine.books import Books, identity_of
+from holotensor_net.engine.loads import Attempt, Load, Waiter
 from holotensor_net.engine.recovery import Again, Gone, Moved, Recovery, is_failing, silence_of, summary
 from holotensor_net.engine.request_cache import Found
 from holotensor_net.errors import (
