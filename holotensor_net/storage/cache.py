@@ -59,6 +59,10 @@ class CacheStats:
         return self.hits / (self.hits + self.misses) if self.hits else 0.0
 
 
+def _unheard(name: str) -> None:
+    pass
+
+
 class FragmentCache:
     """Bytes by key, from memory or from the disk; a context manager that writes its statistics when closed.
 
@@ -70,10 +74,11 @@ class FragmentCache:
     def __init__(self, config: CacheConfig | None = None, *, clock: Callable[[], float] = time.time) -> None:
         self.config = config or CacheConfig()
         self._clock = clock
-        self._memory = _MemoryTier(self.config.memory_size)
         self._usage = Usage()
         self._tolerant = _Tolerance()
         root = self.config.root
+        # Where there is a disk, uses are written to it, though memory has let go of the bytes.
+        self._memory = _MemoryTier(self.config.memory_size, self._usage.forget if root is None else _unheard)
         self._name = _itself if root is None else name_of  # nothing but files needs names that are short and harmless
         self.claims = None if root is None else Claims(root / "claims")
         self._forget = functools.partial(_forget, self._memory, self._usage)  # no method: no cycle
@@ -389,14 +394,16 @@ class _Buffer:
 
 
 class _MemoryTier:
-    """The buffers used last, as many as fit into ``limit`` bytes, by their entries; 0 for none. The lock guards all."""
+    """The buffers used last, as many as fit into ``limit`` bytes, by their entries; 0 for none. ``evicted`` is called
+    with the name of each that had to go. The lock guards all."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, evicted: Callable[[str], None] = _unheard) -> None:
         # An empty fragment counts as a byte: no number of them shall fit into nothing.
         self._buffers: LRUCache[int, _Buffer] = LRUCache(limit, getsizeof=lambda buffer: buffer.size or 1)
         self._by_name: dict[str, _Buffer] = {}
         self._latest: _Buffer | None = None
         self._lock = threading.Lock()
+        self._evicted = evicted
         self.evictions = 0
 
     @property
@@ -458,6 +465,7 @@ class _MemoryTier:
     def _forget(self, buffer: _Buffer) -> None:
         for name in buffer.held:
             del self._by_name[name]
+            self._evicted(name)
         buffer.held.clear()
 
     def _remove(self, name: str, buffer: _Buffer) -> None:

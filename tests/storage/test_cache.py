@@ -444,6 +444,14 @@ class TestMemoryTier:
             tier.drop(name)
         assert tier.size == 800
 
+    def test_uses_of_what_is_gone_are_not_remembered(self, open_cache: Open) -> None:
+        cache = open_cache(directory=False, memory_size=100)
+        for number in range(50):
+            cache.put(f"{number}", bytes(30))
+            assert cache.get(f"{number}") is not None
+        assert len(list(cache)) == 3
+        assert len(cache._usage.take()) == 3
+
     def test_hit_needs_no_disk(self, open_cache: Open, tmp_path: Path) -> None:
         cache = open_cache(memory_size=1000)
         cache.put("a", b"abc")
