@@ -45,7 +45,7 @@ from .files import (
     token_of,
     translated,
 )
-from .journal import Journal
+from .journal import Journal, blocks, span_of
 from .parts import PartFile
 
 __all__ = ["BlobStore", "Left", "is_worth_a_sync"]
@@ -114,7 +114,14 @@ class BlobStore:
         then is hashed before it is handed out, once in the life of this object; one that was never flushed, each time.
         The view outlives the blob.
         """
-        return self._open(digest, size, {None if self._verify_first else stamp, self._stamps.get(digest)})
+        trusted = {None if self._verify_first else stamp, self._stamps.get(digest)}
+
+        def right(fd: int, status: os.stat_result) -> memoryview | None:
+            view = self._view(fd, size)
+            is_right = len(view) == size and (status.st_mtime_ns in trusted or digest_of(view) == digest)
+            return view if is_right else None
+
+        return self._read(digest, size, right)
 
     def stamp(self, digest: str) -> int | None:
         """The file time (ns) of a blob that this object has published or found right.
@@ -125,20 +132,26 @@ class BlobStore:
 
     def check(self, digest: str, size: int) -> bool:
         """Whether the blob is there and its bytes, read again and hashed, are right; a damaged one is set aside."""
-        return self._open(digest, size, set()) is not None
 
-    def _open(self, digest: str, size: int, trusted: set[int | None]) -> memoryview | None:
+        def right(fd: int, _: os.stat_result) -> bool | None:
+            # Not of a mapping: where the disk gives an error, the system ends the process that looks into it.
+            with contextlib.suppress(OSError):
+                return span_of(blocks(fd, 0, size), 0).digest == digest or None
+            return None
+
+        return self._read(digest, size, right) is not None
+
+    def _read(self, digest: str, size: int, right: Callable[[int, os.stat_result], _T | None]) -> _T | None:
+        """What ``right`` gives of the blob, None if it is absent, or damaged: then ``right`` gives None."""
         path = self._place(digest)
         with self._reading:
             try:
                 fd, status = regular(path)
                 try:
-                    if status.st_size == size:
-                        view = self._view(fd, size)
-                        if status.st_mtime_ns in trusted or digest_of(view) == digest:
-                            if is_worth_a_sync(size):
-                                self._stamps[digest] = status.st_mtime_ns
-                            return view
+                    if status.st_size == size and (found := right(fd, status)) is not None:
+                        if is_worth_a_sync(size):
+                            self._stamps[digest] = status.st_mtime_ns
+                        return found
                 finally:
                     os.close(fd)
             except (FileNotFoundError, NotADirectoryError):
@@ -387,9 +400,10 @@ class BlobStore:
             return make()
 
     def _view(self, fd: int, size: int) -> memoryview:
-        """The bytes of an open file: mapped, or read where mapping costs more or would use up the descriptors."""
+        """The bytes of an open file, fewer only if it ends before: mapped, or read where mapping costs more or would
+        use up the descriptors."""
         if size >= _MAPPING_PAYS_FROM and len(self._mapped) < _most_mappings():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: it has just been cut
                 mapping = mmap.mmap(fd, size, **_MAP_OPTIONS)
                 self._mapped.add(weakref.ref(mapping, self._mapped.discard))  # half the price of a WeakSet
                 return memoryview(mapping)

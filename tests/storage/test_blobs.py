@@ -200,7 +200,38 @@ class TestOpen:
             assert stranger.open(digest, FLUSHED, stamp=1) == data
         assert hashed == [FLUSHED]
         assert stranger.check(digest, FLUSHED)
-        assert hashed == [FLUSHED, FLUSHED]
+        rot_unseen(store.path_of(digest))
+        assert not stranger.check(digest, FLUSHED)
+
+    @pytest.mark.parametrize("size", [1, LARGE, FLUSHED])
+    def test_cut_at_the_moment_of_opening_it_is_damaged(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch, size: int
+    ) -> None:
+        digest = store.put(os.urandom(size))
+        stamp = store.path_of(digest).stat().st_mtime_ns
+        regular = blobs.regular
+
+        def cut(path: str) -> tuple[int, os.stat_result]:
+            found = regular(path)
+            os.truncate(path, size // 2)
+            return found
+
+        monkeypatch.setattr(blobs, "regular", cut)
+        assert store.open(digest, size, stamp=stamp) is None
+        assert not store.path_of(digest).exists()
+
+    @pytest.mark.parametrize("size", [1, LARGE, FLUSHED])
+    def test_what_the_disk_cannot_read_is_damaged(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch, size: int
+    ) -> None:
+        digest = store.put(os.urandom(size))
+
+        def fail(*_: object) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "preadv", fail)
+        assert not store.check(digest, size)
+        assert [path.parent.name for path in files(store.root)] == ["quarantine"]
 
     def test_check_finds_rot_that_left_the_file_time_as_it_was(self, store: BlobStore) -> None:
         digest = store.put(bytes(FLUSHED))
