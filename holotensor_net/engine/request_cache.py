@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol
 
 from ..config import CdnEndpoint
 from ..errors import CacheError, NetworkError, redact_url, without_query
-from ..storage.blobs import is_worth_a_sync
 from ..storage.cache import CacheEntry, FragmentCache, name_of
 from ..storage.claims import Claims
 from ..storage.freshness import Freshness, State, kept, refreshed
@@ -31,7 +30,9 @@ from ..values import HeadInfo, LoadRequest, RangeRequest, Validator
 __all__ = ["Destination", "Found", "Proven", "RequestCache", "Resumed", "contradicts"]
 
 _WORTH_RESUMING = 8 << 20
-"""Bytes of a fragment from which a journal costs less than to fetch again what had come."""
+"""Bytes of a fragment from which a journal costs less than to fetch again what had come. A shorter one comes to memory,
+and is then written at one go, so that the system keeps it in its largest pages (measured, 300 of 3.4 MiB: 1.2–1.8 s
+instead of 1.8–2.3, and half the time to touch all of them when they are mapped later)."""
 
 _log = logging.getLogger("holotensor_net.cache")
 
@@ -313,8 +314,8 @@ class RequestCache:
         return replace(found, entry=entry).head
 
     def is_for_memory(self, size: int | None) -> bool:
-        """Whether a fragment is too small to be worth a file while it comes."""
-        return size is not None and not is_worth_a_sync(size)
+        """Whether a fragment is too short to be worth a file while it comes."""
+        return size is not None and size < _WORTH_RESUMING
 
     def destination(
         self, size: int | None, head: HeadInfo, request: LoadRequest | None = None, endpoint: int = 0
@@ -324,7 +325,7 @@ class RequestCache:
         if not self.is_for_memory(size) and "no-store" not in head.headers.get("cache-control", "").lower():
             key = note = None
             is_provable = request is not None and (request.checksum is not None or head.validator.is_strong)
-            if request is not None and is_provable and (size or 0) >= _WORTH_RESUMING:
+            if request is not None and is_provable and size is not None:
                 key, note = self.key(request, endpoint), _note(head, request)
             try:
                 part = self._cache.create(size, key=key, note=note)

@@ -312,6 +312,8 @@ class DiskTier:
             else:
                 view = data
                 self.blobs.put(view, digest)
+                if is_durable:  # its pages are the system's to take back, and the memory is free for others
+                    view = self.blobs.open(digest, entry.size) or view
             entry = entry.stamped(self.blobs.stamp(digest) if is_durable else None)
             self.entries.write(name, entry)
         except CacheError:

@@ -340,13 +340,13 @@ def test_what_is_stale_does_not_stand_in_for_another_version_that_was_seen_since
 
 
 def test_bytes_go_to_the_disk_where_there_is_one(cache: RequestCache) -> None:
-    destination = cache.destination(1 << 18, head_of())
+    destination = cache.destination(8 << 20, head_of())
     assert isinstance(destination, PartFile)
     destination.discard()
 
 
-def test_what_is_too_short_for_a_part_file_goes_to_memory_first(cache: RequestCache) -> None:
-    assert isinstance(cache.destination((1 << 18) - 1, head_of()), MemoryPart)
+def test_what_is_too_short_to_be_resumed_goes_to_memory_first(cache: RequestCache) -> None:
+    assert isinstance(cache.destination((8 << 20) - 1, head_of()), MemoryPart)
 
 
 @pytest.mark.parametrize("size", [4, None])
