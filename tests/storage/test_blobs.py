@@ -320,6 +320,28 @@ class TestOpen:
         monkeypatch.setattr(mmap, "mmap", fail)
         assert store.open(digest, LARGE) == data
 
+    @pytest.mark.parametrize("size", [1 << 21, (1 << 21) - 1])
+    def test_what_is_long_is_read_in_large_pages_where_there_are_such(self, store: BlobStore, size: int) -> None:
+        try:
+            mmap.mmap(-1, size).madvise(mmap.MADV_HUGEPAGE)
+        except (OSError, AttributeError):
+            pytest.skip("there are no large pages here")
+        digest = store.put(bytes(size))
+        view = store.open(digest, size)
+        maps = Path("/proc/self/smaps").read_text().partition(digest)[2]
+        flags = maps.partition("VmFlags:")[2].partition("\n")[0].split()
+        assert view == bytes(size)
+        assert ("hg" in flags) == (size >= 1 << 21)
+
+    def test_where_there_are_no_large_pages_it_is_mapped_all_the_same(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(blobs, "_IN_LARGE_PAGES", 0x7FFF)  # the system knows no such advice
+        view = store.open(store.put(bytes(1 << 21)), 1 << 21)
+        assert view is not None
+        assert isinstance(view.obj, mmap.mmap)
+        assert view == bytes(1 << 21)
+
     def test_short_reads_are_gone_on_with(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "file"
         path.write_bytes(bytes(range(100)))

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import logging
+import mmap
 import os
 import pickle
 import random
@@ -131,6 +132,20 @@ class TestEntry:
 
     def test_keeps_no_header_that_could_be_a_secret(self) -> None:
         assert CacheEntry("a", 3, headers={"Set-Cookie": "s", "Age": "1"}).headers == {"age": "1"}
+
+
+@pytest.mark.parametrize("way", ["put", "take"])
+def test_what_is_safe_on_the_disk_takes_no_memory_of_ours(open_cache: Open, way: str) -> None:
+    cache, data = open_cache(memory_size=1 << 20, max_size=1 << 20), os.urandom(1 << 18)
+    if way == "put":
+        view = cache.put("a", data)
+    else:
+        view = cache.take("a", memoryview(data), CacheEntry("a", len(data)))
+    held = cache.get("a")
+    assert held is not None
+    assert view == held == data
+    assert isinstance(view.obj, mmap.mmap)
+    assert view.obj is held.obj
 
 
 def test_a_view_that_its_holder_releases_is_the_holder_s_alone(open_cache: Open) -> None:
