@@ -73,6 +73,8 @@ class Assembly:
                 made.append(self._made(share, span, head) if common is None else common.part(span))
             with self._lock:
                 for share, span, new in zip(shares, spans, made, strict=True):
+                    if not may_store:
+                        share.attempt.is_sound = False
                     place = self._place(share, span, head, new)
                     if place is not None:
                         places.append(place)

@@ -32,7 +32,8 @@ class Attempt:
     ``missing`` counts the bytes of it that have not. ``digests`` of the whole object are to be checked at the end.
     ``is_open_ended``: the destination grows, as nobody knew how long the object is. ``in_flight`` counts those who may
     be at the destination. ``asked_at``: the wall clock's time of its first request. ``is_resumed``: another has begun
-    it, and its endpoint has not answered yet. ``is_sound``: whoever asks next may go on with what has come."""
+    it, and its endpoint has not answered yet. ``is_sound``: whoever asks next may go on with what has come, and nobody
+    has forbidden to store it."""
 
     endpoint: int | None = None
     asked_at: float | None = None

@@ -212,6 +212,20 @@ def test_a_loader_that_is_closed_leaves_what_the_next_goes_on_with(server: Nginx
     assert part_files(tmp_path / "cache") == []
 
 
+def test_nothing_is_left_of_what_a_server_forbids_to_store_meanwhile(
+    server: Nginx, nginx: Callable[..., Nginx], tmp_path: Path, data: bytes
+) -> None:
+    proved = checksum(data, "blake3")
+    killed(server, tmp_path / "cache", SIZE // 2, checksum=proved)
+    assert len(part_files(tmp_path / "cache")) == 1
+    other = nginx(tmp_path / "www", limit_rate=MIB, conf="add_header Cache-Control no-store;")
+    with NetworkLoader(config_of(other, tmp_path / "cache")) as loader:
+        future = loader.enqueue(LoadRequest("big", "big", checksum=proved))
+        while loader.stats().bytes_fetched < PIECE:
+            assert not future.done()
+    assert part_files(tmp_path / "cache") == []
+
+
 @pytest.mark.slow
 def test_half_a_gigabyte(nginx: Callable[..., Nginx], tmp_path: Path) -> None:
     size, piece, workers = 512 * MIB, 4 * MIB, 8
