@@ -25,7 +25,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "values", "config", "waits"),
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
-        *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter", "transport/pipes"),
+        *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter"),
         *("transport/heads", "transport/pools"),
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
         *("storage/claims", "storage/news", "storage/prefix", "storage/spans"),
@@ -64,7 +64,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
 STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("values", "config")),
     (("transport/guards", "transport/digests"), ("transport/transfer",)),
-    (("transport/pipes", "transport/heads"), ("transport/sockets",), ("transport/pools",), ("transport/adapter",)),
+    (("transport/heads",), ("transport/sockets",), ("transport/pools",), ("transport/adapter",)),
     (
         ("formats/strict_json", "formats/dtypes"),
         ("formats/tensors",),

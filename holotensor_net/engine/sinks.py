@@ -6,7 +6,6 @@ import bisect
 
 from ..errors import NetworkError
 from ..storage.memory import MemoryPart
-from ..storage.parts import PartFile
 from ..transport.client import Write
 from ..values import RangeRequest
 from .request_cache import Destination
@@ -15,13 +14,6 @@ __all__ = ["Bounded", "Scatter"]
 
 _LONG = 64 * 1024
 """Bytes of a place from which a read of its own costs less than a copy."""
-
-_BLOCK = 512 * 1024
-"""Bytes that are written to a file at once: a pipe of a mebibyte can mostly hold them, though pages of packets are not
-full."""
-
-_PART = 64 * 1024
-"""Where it cannot, what it holds is written up to a multiple of so many bytes."""
 
 
 class Scatter:
@@ -58,25 +50,6 @@ class Scatter:
             case wanted, MemoryPart() as destination, most:
                 return destination.room(offset - wanted.start, most)
         return None
-
-    def piped(self, offset: int, held: int) -> int:
-        """How many bytes may come in a pipe to :meth:`take`, behind those from ``offset`` on that it has ``held``
-        already, if all belong into one file, and are many: up to the end of a block of it."""
-        match self._alone(offset, held + _BLOCK):
-            case wanted, PartFile(), length:
-                return min(length - held, _BLOCK - (offset + held - wanted.start) % _BLOCK)
-        return 0
-
-    def take(self, offset: int, pipe: int, size: int, is_all: bool) -> int:
-        """Move bytes that :meth:`piped` has allowed from a pipe to their file: all of them, or those before the last
-        multiple of some KiB; gives how many."""
-        wanted, destination = self._places[bisect.bisect_right(self._starts, offset) - 1]
-        assert isinstance(destination, PartFile)
-        place = offset - wanted.start
-        if not is_all:
-            size = max(0, (place + size) // _PART * _PART - place) or size
-        destination.take(place, pipe, size)
-        return size
 
     def _alone(self, offset: int, most: int) -> tuple[RangeRequest, Destination, int] | None:
         """The one place where many bytes from ``offset`` on belong, and how many of ``most``; None if they are few, or

@@ -164,14 +164,17 @@ class BlobStore:
         self.set_aside(Path(path))
         return None
 
-    def create(self, size: int | None, *, subject: str = "", note: Mapping[str, Any] | None = None) -> PartFile:
+    def create(
+        self, size: int | None, *, subject: str = "", note: Mapping[str, Any] | None = None, is_proved: bool = False
+    ) -> PartFile:
         """A private part file with ``size`` bytes reserved, so that a full disk shows before a byte is fetched.
 
         With a ``note``, what JSON can say, it can be resumed by whoever knows its ``subject``, some hex digits.
+        ``is_proved``: its digest will be asked for.
         """
         with translated("make a part file", self.root):
             path = f"{self._partial}/{private_name(subject if note is not None else '')}"
-            part = PartFile(self, Path(path), self._begun(path), size)
+            part = PartFile(self, Path(path), self._begun(path), size, is_proved=is_proved)
             try:
                 if note is not None:
                     part.begin_journal(note)

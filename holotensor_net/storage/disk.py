@@ -110,7 +110,7 @@ class DiskTier:
     def create(self, size: int | None, *, subject: str = "", note: Mapping[str, Any] | None = None) -> PartFile:
         """A part file of ``size`` bytes, for which others may have to go."""
         self._keep_free(size or 0)
-        part = self.blobs.create(size, subject=subject, note=note)
+        part = self.blobs.create(size, subject=subject, note=note, is_proved=True)
         self._keep_to_limit()
         return part
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["PartFile"]
 
 _BACKDATED = 2_000_000_000
-_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)  # be spliced: by the file system, in a sandbox
 
 
 class PartFile:
@@ -33,10 +32,11 @@ class PartFile:
 
     A context manager that discards what was not published; so does forgetting it. The lock guards who uses the
     descriptor: after :meth:`publish` or :meth:`discard` no late write can reach the file, or whatever is given the same
-    descriptor next. Raises CacheError, or InsufficientDisk where there is no room.
+    descriptor next. ``is_proved``: its digest will be asked for, and is taken as the bytes come. Raises CacheError, or
+    InsufficientDisk where there is no room.
     """
 
-    def __init__(self, store: BlobStore, path: Path, fd: int, size: int | None) -> None:
+    def __init__(self, store: BlobStore, path: Path, fd: int, size: int | None, *, is_proved: bool = False) -> None:
         self.path = path
         self._store = store
         self._fd = fd
@@ -46,6 +46,7 @@ class PartFile:
         self._idle = threading.Condition()
         self._turn = threading.Lock()
         self._prefix = Prefix()
+        self._is_proved = is_proved
         self._journal: Journal | None = None
         self._lost = 0  # the number of the error that a flush gave
         self._abandon = weakref.finalize(self, _abandon, fd, path, os.getpid(), store._filling)
@@ -93,18 +94,11 @@ class PartFile:
         rest = flat(buffer)
         self._check(offset, len(rest))
         with self._writing() as fd, translated(f"write {len(rest)} bytes", self._store.root):
+            if self._is_proved:
+                self._prefix.follow(offset, rest)
             while rest:
                 written = os.pwrite(fd, rest, offset)
                 rest, offset = rest[written:], offset + written
-
-    def take(self, offset: int, pipe: int, size: int) -> None:
-        """Put ``size`` bytes that a pipe holds at ``offset``, without a copy of them on the way where the file system
-        can do that."""
-        self._check(offset, size)
-        with self._writing() as fd, translated(f"write {size} bytes", self._store.root):
-            while size:
-                moved = _moved(pipe, fd, size, offset)
-                size, offset = size - moved, offset + moved
 
     def _check(self, offset: int, size: int) -> None:
         if offset < 0 or (self._limit is not None and offset + size > self._limit):
@@ -251,7 +245,7 @@ class PartFile:
     def resumed(cls, store: BlobStore, path: Path, fd: int) -> tuple[PartFile, Mapping[str, Any]] | None:
         """A part file as somebody has left it, and its note; None, and it is deleted, if its bytes do not bear out what
         its journal tells. Takes the descriptor."""
-        part = cls(store, path, fd, None)
+        part = cls(store, path, fd, None, is_proved=True)
         with translated("read a part file", store.root):
             found = Journal.read(fd)
             length, hasher, apart = believed(fd, found[1]) if found is not None else (0, None, [])
@@ -315,20 +309,3 @@ def _look_for_room(fd: int, size: int) -> None:
     disk = os.fstatvfs(fd)
     if disk.f_blocks and disk.f_bavail * disk.f_frsize < size:  # it has a limit
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _moved(pipe: int, fd: int, most: int, offset: int) -> int:
-    """Move bytes from a pipe that holds ``most`` or more; gives how many that were."""
-    try:
-        moved = os.splice(pipe, fd, most, offset_dst=offset)
-    except OSError as error:
-        if error.errno not in _CANNOT:
-            raise
-        rest = memoryview(os.read(pipe, most))
-        moved = len(rest)
-        while rest:
-            written = os.pwrite(fd, rest, offset)
-            rest, offset = rest[written:], offset + written
-    if not moved:
-        raise OSError(errno.EIO, "the pipe holds less than was said")
-    return moved

@@ -23,6 +23,8 @@ class Prefix:
     """The digest of a file's bytes from its start, taken as they come, and of spans that have come before their turn.
 
     The lock guards all, but is not held to hash: one thread at a time does, between :meth:`claim` and :meth:`release`.
+    Beside that, what is written where the hashed bytes end is hashed while it is at hand, and counts if it is settled
+    as it is: to read it once more takes as long as to hash it.
     """
 
     def __init__(self, hasher: Any = None, length: int = 0, apart: Iterable[Span] = ()) -> None:
@@ -34,6 +36,8 @@ class Prefix:
         self._spent = 0.0
         self._is_busy = False
         self._added = self._seeing = self._seen = 0
+        self._ahead: Any = None  # a hasher that has taken in what was written up to
+        self._end = length
         self._changed = threading.Condition()
 
     @property
@@ -56,6 +60,29 @@ class Prefix:
                 self._reach = reach
             return self._added
 
+    def follow(self, start: int, block: memoryview) -> None:
+        """These bytes are about to be written. One thread at a time does that, in the order in which the file gets
+        them: what goes over bytes that were hashed ahead has all of those forgotten."""
+        with self._changed:
+            if self._ahead is None or not self.length <= self._end <= start:
+                self._ahead, self._end = None, self.length
+            if start != self._end or (self._ahead is None and self._is_busy):
+                return
+            hasher, self._ahead = self._ahead or self._copy(), None
+            self._end += len(block)
+        hasher.update(block)
+        with self._changed:
+            self._ahead = hasher
+
+    def _catch_up(self, stop: int) -> None:
+        """Take what was hashed ahead for hashed, unless it goes beyond what is settled."""
+        with self._changed:
+            if self._ahead is not None and self.length < self._end <= stop:
+                self._hasher, self._ahead, self.length = self._ahead, None, self._end
+
+    def _copy(self) -> Any:
+        return blake3_hasher(is_threaded=False) if self._hasher is None else self._hasher.copy()
+
     def claim(self, number: int) -> bool:
         """Wait until what was added with this number has been seen to; or is the caller's to see to, with all that was
         added since, until :meth:`release`."""
@@ -75,6 +102,7 @@ class Prefix:
         """Take in what there is now. Raises OSError."""
         self._hasher = self._hasher or blake3_hasher(is_threaded=False)
         stop = self._reach
+        self._catch_up(stop)
         for block in read(self.length, stop):
             self._hasher.update(block)
             self.length += len(block)

@@ -23,7 +23,6 @@ from urllib3.connectionpool import log
 from urllib3.exceptions import ProtocolError
 
 from .heads import by_name
-from .pipes import Pipe
 from .pools import Pool, pool_classes
 from .sockets import Answer, LiveSockets
 
@@ -108,18 +107,6 @@ class Reply:
         self._raw.length_remaining = self._answer.length
         return size
 
-    @property
-    def can_be_piped(self) -> bool:
-        """Whether what comes next of a plain body may be taken with :meth:`pipe`."""
-        return self._answer is not None and self._answer.can_be_piped
-
-    def pipe(self, pipe: Pipe, most: int) -> int:
-        """:meth:`readinto1` into a pipe, ``most`` bytes at most."""
-        assert self._answer is not None
-        size = self._answer.pipe(pipe, most)
-        self._raw.length_remaining = self._answer.length
-        return size
-
     def close(self) -> None:
         """Give the connection back if the body ended, else cut it: a pool would hand the rest to the next request."""
         if self._answer is not None and not self._answer.isclosed():
@@ -148,9 +135,6 @@ class _BareReply(Reply):
 
     def readinto1(self, buffer: memoryview) -> int:
         return self._answer.readinto1(buffer)
-
-    def pipe(self, pipe: Pipe, most: int) -> int:
-        return self._answer.pipe(pipe, most)
 
     def close(self) -> None:
         self._pool.take_back(self._answer)

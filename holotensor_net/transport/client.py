@@ -42,7 +42,6 @@ from ..values import HeadInfo, RangeRequest
 from . import guards
 from .adapter import Adapter, Reply, Request, ask
 from .digests import LINKED, check_digests
-from .pipes import Pipe
 from .retry import HOSTS, Allowance, Host, Patience, persist
 from .sockets import Interrupt, LiveSockets
 from .transfer import Answer, Ask, OpenSink, Transfer, Write
@@ -53,8 +52,8 @@ __all__ = ["Answer", "Ask", "HttpClient", "OpenSink", "Write"]
 T = TypeVar("T")
 
 _BLOCK = 256 * 1024
-_GATHERED = 512 * 1024
-_STRIDE = 1024 * 1024  # the most bytes that are read, and written to a file, at one go
+_GATHERED = 1024 * 1024
+_STRIDE = 4 * 1024 * 1024  # the most bytes that are read at one go
 _DRAIN = 64 * 1024
 _DRAIN_SECONDS = 0.5
 _LOOK = 0.25  # seconds between two looks whether who waits for a connection still wants it
@@ -332,25 +331,22 @@ class HttpClient:
         self, reply: Reply, state: Transfer, length: int | None, patience: Patience, pace: _Pace
     ) -> int | None:
         """Read the body to where it belongs, as ``_moved`` does."""
-        with Pipe(state.take) as pipe:
-            try:
-                left = self._moved(reply, state, length, patience, pace, pipe)
-            except BaseException:
-                with contextlib.suppress(Exception):  # what came is worth keeping, and that failure worth telling
-                    self._flush(state, pipe)
-                raise
-            self._flush(state, pipe)
+        try:
+            left = self._moved(reply, state, length, patience, pace)
+        except BaseException:
+            with contextlib.suppress(Exception):  # what came is worth keeping, and that failure worth telling
+                self._flush(state)
+            raise
+        self._flush(state)
         return left
 
-    def _moved(
-        self, reply: Reply, state: Transfer, length: int | None, patience: Patience, pace: _Pace, pipe: Pipe
-    ) -> int | None:
+    def _moved(self, reply: Reply, state: Transfer, length: int | None, patience: Patience, pace: _Pace) -> int | None:
         """Read the body; gives how many of its bytes are missing, None if nobody knew how many there would be."""
         left = length
         while left is None or left > 0:
             most = min(_STRIDE, pace.stride())
             is_plain = left is not None and reply.is_plain
-            size = self._fill(reply, state, min(left, most), pipe) if left is not None and is_plain else None
+            size = self._fill(reply, state, min(left, most)) if left is not None and is_plain else None
             if size is None:
                 block = reply.read1(min(_BLOCK, most) if left is None else min(left, _BLOCK, most))
                 size = len(block)
@@ -365,24 +361,11 @@ class HttpClient:
             patience.check()
         return left
 
-    def _fill(self, reply: Reply, state: Transfer, most: int, pipe: Pipe) -> int:
+    def _fill(self, reply: Reply, state: Transfer, most: int) -> int:
         """Have the socket fill the place of the bytes that come next; gives their number, 0 at the end.
 
-        What belongs into a file goes there through a pipe: the kernel then copies it once, and not to us and back
-        (measured: 0.9 s/GB of processor in place of 1.4, to a file in memory). Where that cannot be, it gathers in a
-        buffer: TLS gives 16 KiB at a time. What is gathered is written when there is a block of it.
+        What has to be written to its place gathers in a buffer until there is a block of it.
         """
-        through = state.piped(pipe.held + state.ahead) if reply.can_be_piped else 0
-        if through and pipe.is_there:
-            if state.ahead <= pipe.LEAST:  # what was read together with the head goes along
-                ahead, state.ahead = state.ahead, 0  # not twice, should an interrupt come between
-                pipe.pour(self._buffer()[:ahead])
-            self._flush(state)
-            size = reply.pipe(pipe, min(most, through))
-            if size == through:
-                pipe.empty()
-            return size
-        pipe.empty()
         room = state.room(most)
         if room is not None:
             size = reply.readinto1(room)
@@ -396,10 +379,8 @@ class HttpClient:
             self._flush(state)
         return size
 
-    def _flush(self, state: Transfer, pipe: Pipe | None = None) -> None:
-        """Write what is in the buffer, or in the pipe, to its place."""
-        if pipe is not None:
-            pipe.empty()
+    def _flush(self, state: Transfer) -> None:
+        """Write what is in the buffer to its place."""
         size, state.ahead = state.ahead, 0
         if size:
             state.advance(self._buffer()[:size])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from ..errors import ChecksumMismatch, HttpError, ObjectChanged, ProtocolError, RangeNotSupported
 from ..values import HeadInfo, RangeRequest, Validator
@@ -26,11 +26,6 @@ Room: TypeAlias = Callable[[int, int], memoryview | None]
 """What a ``Write`` with memory for its bytes has as ``room``: where those from an offset on belong, so many at most,
 for a socket to fill; None if they have to be written there. It may have a ``block`` too: how many of those it wants to
 be given at once."""
-
-Piped: TypeAlias = Callable[[int, int], int]
-"""What a ``Write`` to a file has as ``piped``: how many bytes may come in a pipe that has so many already, the first of
-them at an offset. Its ``take`` moves them, given the offset, the pipe's descriptor, how many it has, and whether all
-have to be moved; it gives how many were."""
 
 OpenSink: TypeAlias = Callable[[HeadInfo, RangeRequest | None], Write]
 """Called once, when an answer has passed the guards: what it told, and which bytes come (None: an unknown number from
@@ -163,19 +158,6 @@ class Transfer:
         """How many of the next bytes, of ``most``, are best written at once."""
         block: Callable[[int, int], int] | None = getattr(self.write, "block", None)
         return most if block is None else block(self.position, most)
-
-    def piped(self, held: int) -> int:
-        """How many bytes, behind those that a pipe has ``held`` already, may come in it to :meth:`take`, which then
-        should; none where they are to be held against a digest on the way."""
-        piped: Piped | None = getattr(self.write, "piped", None)
-        return 0 if piped is None or self.claims else piped(self.position, held)
-
-    def take(self, pipe: int, size: int, is_all: bool) -> int:
-        """The next bytes are in a pipe: to their place, all of them or as many as go there well; gives how many."""
-        sink: Any = self.write
-        moved: int = sink.take(self.position, pipe, size, is_all)
-        self.position += moved
-        return moved
 
     def advance(self, block: memoryview, *, is_in_place: bool = False) -> None:
         """The next bytes: to their place, unless they are there. Raises ChecksumMismatch if they complete what has

@@ -106,10 +106,6 @@ def test_a_disk_that_gives_errors(server: Nginx, tmp_path: Path, objects: dict[s
     assert_delivers_though(call, "EIO", server, tmp_path / "cache", objects)
 
 
-def test_a_sandbox_where_nothing_may_be_spliced(server: Nginx, tmp_path: Path, objects: dict[str, bytes]) -> None:
-    assert_delivers_though("splice", "EPERM", server, tmp_path / "cache", objects)
-
-
 def test_a_folder_that_may_only_be_read(server: Nginx, small_disk: Path, objects: dict[str, bytes]) -> None:
     subprocess.run([tool("mount"), "-o", "remount,ro", str(small_disk)], check=True)
     assert_delivers(server, small_disk / "cache", objects)

@@ -253,7 +253,6 @@ EXCUSED = {
     "HTTP cannot ask for an empty range": "a caller's mistake, no answer",
     "no connection came free": "a caller's threads, no answer",
     "_moved  raise ProtocolError('the server sent": "as chunks say how long they are, nothing gives more than asked",
-    "_piped  raise TimeoutError": "the read that follows waits once more, and then ends likewise",
     "the client is closed": "a closed client, no answer",
     "the transfer was interrupted": "a transfer that nobody wants any more, no answer",
     "there is no CA bundle": "a setting, no answer",

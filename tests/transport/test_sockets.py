@@ -4,6 +4,7 @@ import contextlib
 import gc
 import http.client
 import itertools
+import random
 import socket
 import sys
 import threading
@@ -564,6 +565,57 @@ def test_what_came_is_given_without_waiting_for_more(open_pool: Open, live: Live
         more.set()
         assert read_into(response, place, at) == 90_000
         assert place == b"x" * 1000 + b"y" * 89_000
+
+
+@pytest.fixture
+def quick() -> Iterator[LiveSockets]:
+    """Those of a client for whom all comes fast, as no time passes."""
+    live = LiveSockets(clock=lambda: 0.0)
+    yield live
+    live.abort()
+
+
+def wakes_at(sock: Any) -> int:
+    """Bytes that there have to be before the kernel tells of them."""
+    size: int = socket.socket.getsockopt(sock, socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+    return size
+
+
+def test_of_what_comes_fast_much_is_waited_for(open_pool: Open, quick: LiveSockets) -> None:
+    data = random.Random(2).randbytes(3_000_000)
+    with Wire([answer(data)], always=[answer(b"short")]) as wire:
+        pool = open_pool(quick, wire.port)
+        response, place, at, bounds = get(pool), bytearray(len(data)), 0, set()
+        sock = response._original_response._incoming._sock
+        while count := response._original_response.readinto1(memoryview(place)[at : at + (1 << 20)]):
+            at += count
+            bounds.add(wakes_at(sock))
+        assert place == data
+        assert len(bounds) > 1
+        assert wakes_at(sock) == 1  # what comes next is a head, and short
+        response.release_conn()
+        assert get(pool).read() == b"short"
+        assert wire.connections == 1
+
+
+@pytest.mark.parametrize("rest", [1, 1000, 100_000])
+def test_what_came_fast_and_no_longer_does_is_given_all_the_same(
+    open_pool: Open, quick: LiveSockets, rest: int
+) -> None:
+    more, size = threading.Event(), 2_000_000
+    script = [answer(content_length=size), b"x" * 200_000, more, b"y" * rest, threading.Event(), b"z" * size]
+    with Wire(script) as wire:
+        response, place, at = get(open_pool(quick, wire.port)), bytearray(size), 0
+        answered = response._original_response
+        while at < 200_000:
+            at += answered.readinto1(memoryview(place)[at:])
+        more.set()
+        while at < 200_000 + rest:
+            at += answered.readinto1(memoryview(place)[at:])
+        assert place[:at] == b"x" * 200_000 + b"y" * rest
+        assert wakes_at(answered._incoming._sock) == 1
+        script[4].set()
+        assert read_into(response, place, at) == size
 
 
 def unread(response: Any, live: LiveSockets, window: int | None) -> int:
