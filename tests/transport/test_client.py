@@ -1730,7 +1730,7 @@ def test_a_server_that_nobody_vouches_for_is_refused(client: Open) -> None:
 
 
 def test_what_comes_in_small_records_is_written_in_blocks(client: Open, trust: str) -> None:
-    data = random.Random(0).randbytes((1 << 20) + 50)
+    data = random.Random(0).randbytes((2 << 20) + 50)
     written: dict[int, bytes] = {}
 
     def sink(head: HeadInfo, coming: RangeRequest | None) -> Write:
@@ -1740,9 +1740,9 @@ def test_what_comes_in_small_records_is_written_in_blocks(client: Open, trust: s
     with Wire([part(data, 0, end, etag=TAG)[:-7], END], part(data, end - 7, end, etag=TAG), tls=True) as wire:
         client(wire, verify=trust, retry=QUICK).transfer(Ask("a", RangeRequest(0, end)), sink)
     assert [(offset, len(block)) for offset, block in written.items()] == [
-        (0, 1 << 19),
-        (1 << 19, 1 << 19),
-        (1 << 20, end - 7 - (1 << 20)),
+        (0, 1 << 20),
+        (1 << 20, 1 << 20),
+        (2 << 20, end - 7 - (2 << 20)),
         (end - 7, 7),
     ]
     assert b"".join(written.values()) == data
