@@ -12,7 +12,8 @@ from .priority import PriorityQueue
 
 __all__ = ["Lane", "may_begin"]
 
-_AHEAD = 2  # connections that may be begun before those that are as many as never before have been answered
+_AHEAD = 2  # connections that may be begun before those that are as many as never before have been answered, at least
+_AHEAD_SHARE = 8  # one for so many that have been answered at once, likewise
 _SPACING = 0.005  # seconds after which another one may be begun all the same
 _SILENCE = 0.008  # seconds without a byte, at least, that tell that the path is not full
 _SILENT_TRIPS = 4.0  # round trips, likewise
@@ -95,7 +96,7 @@ class Lane:
         if not len(self.queue):
             return min(self.active, self.limit)
         most = self.limit + self._may_be_roused
-        return min(most, max(self._answered + _AHEAD, self.active + 1))
+        return min(most, max(self._within_reach, self.active + 1))
 
     def delay(self, now: float) -> float | None:
         """Seconds until another piece may begin, as far as the host is concerned; None for until something changes.
@@ -103,13 +104,18 @@ class Lane:
         if self.active < self.limit:
             if now < self._full_until and self.active >= self._full:
                 return self._full_until - now
-            return 0.0 if self.active < self._answered + _AHEAD else max(0.0, self._begun_at + _SPACING - now)
+            return 0.0 if self.active < self._within_reach else max(0.0, self._begun_at + _SPACING - now)
         if self._may_be_roused:
             return max(0.0, self._heard_at + self._silence - now)
         if self.active >= self.most or self.urgent >= self.limit:
             return None
         first = self.queue.peek()
         return 0.0 if first is not None and first.priority == Priority.CRITICAL else None
+
+    @property
+    def _within_reach(self) -> int:
+        """Connections that may be begun without a wait: those that have been answered at once, and some more."""
+        return self._answered + max(_AHEAD, self._answered // _AHEAD_SHARE)
 
     @property
     def _may_be_roused(self) -> bool:

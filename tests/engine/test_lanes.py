@@ -18,7 +18,7 @@ NAMES = itertools.count()
 def lane(ceiling: int = 64, **settings: bool) -> Lane:
     """One that has much to do."""
     queue = PriorityQueue()
-    for number in range(100):
+    for number in range(200):
         queue.push(PrioritizedFragment(LoadRequest(f"{number}", "path"), queued_at=0.0))
     return Lane(queue, ceiling, now=0.0, **{"is_adaptive": True, **settings})
 
@@ -51,6 +51,19 @@ def test_twice_as_many_are_tried_once_a_path_has_been_silent_for_as_long_as_it_m
     at.begin("fifth", 0.06)
     assert (at.active, at.limit) == (5, 8)
     assert at.controller.is_climbing
+
+
+@pytest.mark.parametrize(("answered", "ahead"), [(4, 2), (16, 2), (32, 4), (64, 8)])
+def test_the_more_were_answered_the_more_are_begun_before_the_next_is(answered: int, ahead: int) -> None:
+    at = lane(128)
+    at.controller = ConcurrencyController(128, initial=128)
+    while at.active < answered:
+        begun(at, 0.0, until=answered)
+    for number in range(ahead):
+        assert at.delay(0.0) == 0.0
+        at.begin(f"ahead {number}", 0.0)
+    assert at.delay(0.0) == pytest.approx(0.005)
+    assert at.wanted == answered + ahead + 1
 
 
 def test_a_silence_of_less_than_some_round_trips_tells_nothing() -> None:
