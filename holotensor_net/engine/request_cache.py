@@ -31,8 +31,14 @@ __all__ = ["Destination", "Found", "Proven", "RequestCache", "Resumed", "contrad
 
 _WORTH_RESUMING = 8 << 20
 """Bytes of a fragment from which a journal costs less than to fetch again what had come. A shorter one comes to memory,
-and is then written at one go, so that the system keeps it in its largest pages (measured, 300 of 3.4 MiB: 1.2–1.8 s
-instead of 1.8–2.3, and half the time to touch all of them when they are mapped later)."""
+if there is enough, and is then written at one go, so that the system keeps it in its largest pages (measured, 300 of
+3.4 MiB: 1.2–1.8 s instead of 1.8–2.3, and half the time to touch all of them when they are mapped later)."""
+
+_SHORT = 1 << 18
+"""Bytes below which a fragment comes to memory in any case."""
+
+_AT_ONCE = 64
+"""Fragments that may be coming, for all of which together there has to be memory: as many as there are connections."""
 
 _log = logging.getLogger("holotensor_net.cache")
 
@@ -123,8 +129,9 @@ class RequestCache:
     """A FragmentCache, asked in terms of requests to a loader's endpoints.
 
     What a server says with one part of an object holds for all parts of that version: one confirmation does for all,
-    and once another version was seen, no part of the old one counts as fresh. ``spare``: bytes of memory that may be
-    kept for later fragments. Thread-safe; the lock guards the sightings and the spans.
+    and once another version was seen, no part of the old one counts as fresh. ``spare``: bytes of memory that
+    fragments may take while they come, and that may be kept for later ones. Thread-safe; the lock guards the sightings
+    and the spans.
     """
 
     def __init__(
@@ -138,6 +145,7 @@ class RequestCache:
     ) -> None:
         self._cache = cache
         self._spare = spare
+        self._most_in_memory = max(_SHORT, min(_WORTH_RESUMING, spare // _AT_ONCE))
         self._endpoints = endpoints
         self._user_agent = user_agent
         scopes = [endpoint.scope for endpoint in endpoints]
@@ -315,7 +323,7 @@ class RequestCache:
 
     def is_for_memory(self, size: int | None) -> bool:
         """Whether a fragment is too short to be worth a file while it comes."""
-        return size is not None and size < _WORTH_RESUMING
+        return size is not None and size < self._most_in_memory
 
     def destination(
         self, size: int | None, head: HeadInfo, request: LoadRequest | None = None, endpoint: int = 0
@@ -325,7 +333,7 @@ class RequestCache:
         if not self.is_for_memory(size) and "no-store" not in head.headers.get("cache-control", "").lower():
             key = note = None
             is_provable = request is not None and (request.checksum is not None or head.validator.is_strong)
-            if request is not None and is_provable and size is not None:
+            if request is not None and is_provable and (size or 0) >= _WORTH_RESUMING:
                 key, note = self.key(request, endpoint), _note(head, request)
             try:
                 part = self._cache.create(size, key=key, note=note)

@@ -340,13 +340,20 @@ def test_what_is_stale_does_not_stand_in_for_another_version_that_was_seen_since
 
 
 def test_bytes_go_to_the_disk_where_there_is_one(cache: RequestCache) -> None:
-    destination = cache.destination(8 << 20, head_of())
+    destination = cache.destination(1 << 18, head_of())
     assert isinstance(destination, PartFile)
     destination.discard()
 
 
-def test_what_is_too_short_to_be_resumed_goes_to_memory_first(cache: RequestCache) -> None:
-    assert isinstance(cache.destination((8 << 20) - 1, head_of()), MemoryPart)
+@pytest.mark.parametrize(("spare", "least"), [(0, 1 << 18), (1 << 26, 1 << 20), (1 << 30, 8 << 20), (1 << 40, 8 << 20)])
+def test_what_is_too_short_to_be_resumed_goes_to_memory_first_if_there_is_enough(
+    store: FragmentCache, spare: int, least: int
+) -> None:
+    cache = RequestCache(store, ENDPOINTS, spare=spare)
+    assert isinstance(cache.destination(least - 1, head_of()), MemoryPart)
+    part = cache.destination(least, head_of())
+    assert isinstance(part, PartFile)
+    part.discard()
 
 
 @pytest.mark.parametrize("size", [4, None])
