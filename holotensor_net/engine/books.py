@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -111,8 +112,7 @@ class Books:
         if isinstance(load, Run):
             self._rows.discard(load)
             self._note_end(load.request.path)
-            for request in load.requests:
-                self._forget(load, request.fragment_id)
+            self._forget_all(load, [request.fragment_id for request in load.requests])
             waiters = load.let_go()
         else:
             self._note_end(load.identity)
@@ -139,6 +139,17 @@ class Books:
         if load.waiters and any(waiter.fragment_id == name for waiter in load.waiters):
             return
         self._forget(load, name)
+
+    def _forget_all(self, load: Load, names: Sequence[str]) -> None:
+        """Let a load go by none of these names any longer."""
+        theirs = list(map(self._by_name.pop, names, itertools.repeat(None)))
+        if theirs.count(load) == len(names):
+            return
+        for name, there in zip(names, theirs, strict=True):
+            if isinstance(there, dict):
+                there.pop(load, None)
+            if there and there is not load:  # it is another's too
+                self._by_name[name] = there
 
     def _forget(self, load: Load, name: str) -> None:
         there = self._by_name.get(name)
