@@ -26,7 +26,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
         *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter"),
-        *("transport/heads", "transport/pools"),
+        *("transport/heads", "transport/pools", "transport/lines"),
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
         *("storage/claims", "storage/news", "storage/prefix", "storage/spans"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
@@ -49,7 +49,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     3: (
         *("engine/request_cache", "engine/sinks", "engine/loads", "engine/runs", "engine/books", "engine/races"),
         "engine/turns",
-        *("engine/recovery", "engine/assembly", "engine/courier", "engine/fetcher"),
+        *("engine/recovery", "engine/assembly", "engine/courier", "engine/rounds", "engine/fetcher"),
         *("stream_cache/tiers", "stream_cache/cache"),
     ),
     4: ("engine/loader", "engine/streaming", "storage/library"),
@@ -64,7 +64,13 @@ FLOORS: dict[int, tuple[str, ...]] = {
 STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("values", "config")),
     (("transport/guards", "transport/digests"), ("transport/transfer",)),
-    (("transport/heads",), ("transport/sockets",), ("transport/pools",), ("transport/adapter",)),
+    (
+        ("transport/heads",),
+        ("transport/sockets",),
+        ("transport/pools",),
+        ("transport/adapter",),
+        ("transport/lines",),
+    ),
     (
         ("formats/strict_json", "formats/dtypes"),
         ("formats/tensors",),
@@ -88,7 +94,7 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("engine/runs",),
         ("engine/books",),
         ("engine/races", "engine/recovery", "engine/turns"),
-        ("engine/assembly",),
+        ("engine/assembly", "engine/rounds"),
         ("engine/courier",),
         ("engine/fetcher",),
     ),

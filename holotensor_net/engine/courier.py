@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ from .alarms import Alarms
 from .assembly import Assembly
 from .hedging import Hedging, Versions
 from .loads import Load, Share, is_sealed
-from .races import Private, Prize, Race, Second
+from .races import Private, Prize, Race, Second, Trip
 from .rations import Sender
 from .recovery import Moved, Recovery, is_refusal, silence_of, summary
 from .routes import Routes, is_bad_answer, is_unreachable
@@ -98,9 +98,16 @@ class Courier:
         self._routes = Routes(config.endpoints, outage=config.timeout, region=config.region)
         self._hedging = Hedging(len(config.endpoints))
         self._versions = Versions()
-        self._races: set[Race] = set()
+        self._races: set[Race | Trip] = set()
         self._second_at = Counter[int]()  # how many requests are at each endpoint besides
         self._may_hedge = len(config.endpoints) > 1 if config.hedging is None else config.hedging
+        # What may be asked for twice, or has to wait for its turn, has a worker of its own.
+        self._may_go_round = (
+            len(config.endpoints) == 1
+            and not self._may_hedge
+            and config.scheduler.max_bandwidth is None
+            and config.scheduler.max_requests_per_second is None
+        )
         self.requests = 0
         self.retries = 0
         self.hedges = 0
@@ -136,7 +143,7 @@ class Courier:
         for client in self._clients:
             client.close()
 
-    def idle_races(self) -> list[Race]:
+    def idle_races(self) -> list[Race | Trip]:
         """The pieces on their way that nobody wants any more: they are to be cut, lest a server that is silent holds
         their connections and their workers. With the lock held."""
         return [race for race in self._races if race.is_idle]
@@ -219,10 +226,70 @@ class Courier:
             or_whole=is_all,
         )
 
-    def transfer(self, piece: Piece, shares: list[Share], endpoint: int) -> tuple[int, Answer]:
-        """Bring a piece from an endpoint, or from another one where that is slow; gives which, and what it said."""
+    # -- brief pieces, many at once
+
+    @property
+    def may_go_round(self) -> bool:
+        """Whether brief pieces may be asked for together, as far as is known."""
+        return self._may_go_round and self._clients[0].may_begin
+
+    def depart(self, pieces: Sequence[tuple[Piece, list[Share]]]) -> list[Trip | None]:
+        """Ask for brief pieces, and wait for none; None for each that has to be brought the ordinary way."""
         with self._lock:
-            race = Race(shares, self._ask(piece, shares, endpoint), endpoint, self._clock())
+            now = self._clock()
+            if self._closing.is_set() or not self._routes.is_well(0):
+                return [None] * len(pieces)
+            asks = [self._ask(piece, shares, 0) for piece, shares in pieces]
+        trips: list[Trip | None] = [
+            None if begun is None else Trip(piece, shares, 0, now, begun, begun.call.fd)
+            for (piece, shares), begun in zip(pieces, self._clients[0].begin_all(asks), strict=True)
+        ]
+        with self._lock:
+            self._races.update([trip for trip in trips if trip is not None])
+        return trips
+
+    def read(self, trip: Trip) -> Answer | None:
+        """What a trip has brought, if that is all of it: it is in its place. None if more is to come, or if its call
+        ``is_unusual``."""
+        return self._clients[0].read(trip.begun, partial(self._assembly.open, trip.shares))
+
+    def returned(self, came: Sequence[tuple[Trip, Answer]]) -> None:
+        """Trips are over, and well, all of them just now."""
+        now = self._clock()
+        self._scheduler.lanes[0].monitor.record_round_trip(now - max(trip.began for trip, _ in came))
+        self._heard(0)
+        _, answer = came[-1]
+        with self._lock:
+            for trip, _ in came:
+                self._races.discard(trip)
+                self._routes.delivered(0, now - trip.began, now)
+            self.requests += len(came)
+            self._versions.note(came[-1][0].shares[0].load.request.path, answer.head.validator, now)
+        self._scheduler.came([trip.piece for trip, _ in came])
+
+    def end_all(self) -> None:
+        """No trip goes on: nobody is left who would."""
+        with self._lock:
+            left = [race for race in self._races if isinstance(race, Trip)]
+        for trip in left:
+            self.end(trip)
+
+    def end(self, trip: Trip) -> None:
+        """A trip is over, however it ended."""
+        self._clients[0].forget(trip.begun)
+        with self._lock:
+            self._races.discard(trip)
+
+    # -- one piece
+
+    def transfer(
+        self, piece: Piece, shares: list[Share], endpoint: int, trip: Trip | None = None
+    ) -> tuple[int, Answer]:
+        """Bring a piece from an endpoint, or from another one where that is slow; gives which, and what it said.
+        ``trip``: one that is to be ended."""
+        with self._lock:
+            began = self._clock() if trip is None else trip.began
+            race = Race(shares, self._ask(piece, shares, endpoint), endpoint, began)
             is_alone = self._alternative(shares, endpoint) is None
             patience = self._patience(
                 shares, race.first, silence=LONGEST_RETRY_AFTER if is_alone else _SHORTER_THAN_TO_MOVE
@@ -247,6 +314,7 @@ class Courier:
                 interrupt=race.first,
                 window=partial(self._scheduler.window, piece),
                 stride=self._scheduler.stride,
+                begun=None if trip is None else trip.begun,
             )
             if race.second is not None:
                 self._check_sealed(shares)

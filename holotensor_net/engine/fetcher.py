@@ -18,7 +18,7 @@ from functools import partial
 
 from ..config import NetworkConfig
 from ..errors import Cancelled, DeadlineExceeded, NetworkError
-from ..transport.client import Answer
+from ..transport.client import BRIEF, Answer
 from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority
 from ..waits import Latch
 from .alarms import Alarms
@@ -27,8 +27,10 @@ from .books import Books, identity_of
 from .courier import Courier
 from .loads import Attempt, Load, Share, Waiter, Whole
 from .priority import PrioritizedFragment
+from .races import Trip
 from .recovery import Again, Recovery, summary
 from .request_cache import Found, Proven, RequestCache, Resumed
+from .rounds import Round
 from .runs import Member, Run
 from .scheduler import Piece, Scheduler
 from .turns import Move, Turns
@@ -40,6 +42,16 @@ _WORTH_RELIEF = 1 << 20
 
 _DELIVERED_TOGETHER = 32
 """Fragments of one piece that are told of at once: the first should not wait for the last to be on the disk."""
+
+
+_SLOW = 0.5
+"""Seconds after which a brief piece that is waited for with others is given a worker of its own."""
+
+_SOON = 0.002
+"""Seconds for which what has come may wait for more: to tell a thread that waits costs as much as another piece."""
+
+_MOST_AT_ONCE = 256
+"""Brief pieces that one worker waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +96,8 @@ class Fetcher:
             cache, scheduler, self._lock, seconds=config.timeout, rate=config.min_bandwidth, clock=clock
         )
         self._workers = 0
+        self._round: Round | None = None  # that a worker is on, if one is
+        self._carried = 0  # pieces that it has on the way beside the one that any worker has
         self._late = 0  # workers for which there was no thread when they were to begin
         self._confirmed_bytes = 0
         self._here = threading.local()
@@ -269,6 +283,8 @@ class Fetcher:
         is_own = getattr(self._here, "is_own", False)  # called back by a future: a thread cannot wait for its own end
         self._executor.shutdown(wait=not is_own, cancel_futures=True)
         self._alarms.close(wait=not is_own)
+        if not is_own:
+            self._courier.end_all()
         with self._lock:
             left = self._books.all()
         for load in left:
@@ -381,12 +397,18 @@ class Fetcher:
 
     def _spawn(self) -> None:
         """Have as many workers as the scheduler wants, the limit at most."""
-        if self._workers >= self._scheduler.crew:  # a glance: whoever leaves looks for what was queued meanwhile
+        crew = self._scheduler.crew
+        if self._workers + self._carried >= crew:  # a glance: whoever leaves looks for what was queued meanwhile
+            return
+        is_round = self._is_for_round()
+        if is_round and (under_way := self._round) is not None:
+            under_way.wake()
             return
         with self._lock:
             if self._closing.is_set() or not self._scheduler.queue_len:
                 return
-            failure = self._begin_work(self._scheduler.crew - self._workers)
+            more = self._scheduler.crew - self._workers - self._carried
+            failure = self._begin_work(min(1, more) if is_round else more)
             stranded = self._books.all() if failure is not None and not self._workers else []
         for load in stranded:
             told = NetworkError(f"no thread could be started: {failure}; end some, or raise the limit (ulimit -u)")
@@ -413,7 +435,9 @@ class Fetcher:
                 self._late -= 1
                 self._workers += 1
         try:
-            while self._workers <= self._scheduler.crew and (piece := self._scheduler.next()) is not None:
+            while self._has_work() and (piece := self._scheduler.next()) is not None:
+                if self._is_on_round(piece):
+                    continue
                 self._spawn()  # the next one may have to wait for its turn
                 self._run(piece)
         finally:
@@ -421,14 +445,24 @@ class Fetcher:
                 self._workers -= 1
             self._spawn()  # something may have been queued between the last look and now
 
+    def _has_work(self) -> bool:
+        """Whether a worker should go on, and not leave what is next to the one that is on a round."""
+        if self._workers + self._carried > self._scheduler.crew:
+            return False
+        return self._round is None or not self._is_for_round()
+
     def _run(self, piece: Piece) -> None:
-        if self._is_held_back(piece) or self._resumes(piece):
-            return
-        shares = self._begin(piece)
+        if not (self._is_held_back(piece) or self._resumes(piece)):
+            self._bring(piece, self._begin(piece))
+
+    def _bring(self, piece: Piece, shares: list[Share], trip: Trip | None = None) -> None:
+        """Have a piece brought, and see to what becomes of it; ``trip``: what has begun with it, if anything has."""
         endpoint: int | None = None
         outcome: Answer | NetworkError = Cancelled("nobody waits for it any more")
         try:
-            if shares:
+            if trip is not None:
+                endpoint, outcome = self._courier.transfer(piece, shares, trip.endpoint, trip)
+            elif shares:
                 endpoint = self._courier.choose(shares)
                 if not self._courier.is_accepted(piece, endpoint):
                     self._leave(shares)
@@ -440,6 +474,8 @@ class Fetcher:
         except Exception as error:
             outcome = _defect(error)
         finally:
+            if trip is not None:
+                self._courier.end(trip)
             self._scheduler.release(piece)
         try:
             if isinstance(outcome, NetworkError):
@@ -449,6 +485,142 @@ class Fetcher:
         except Exception as error:
             for share in shares:
                 self._resolve(share.load, _defect(error))
+
+    # -- brief pieces, many at once
+
+    def _is_for_round(self) -> bool:
+        """Whether what is most urgent may go with others, all of which one worker waits for."""
+        first = self._scheduler.first() if self._courier.may_go_round else None
+        return first is not None and _is_brief(first)
+
+    def _is_on_round(self, piece: Piece) -> bool:
+        """Go with a piece that is brief, and with all that are, unless another worker does; False then, or if it is
+        none."""
+        if not (self._courier.may_go_round and _goes_along(piece)):
+            return False
+        with self._lock:
+            if self._round is not None or self._closing.is_set():
+                return False
+            self._round = under_way = Round()
+        try:
+            self._go_round(under_way, piece)
+        finally:
+            with self._lock:
+                self._round, self._carried = None, 0
+            under_way.close()
+        return True
+
+    def _go_round(self, under_way: Round, piece: Piece) -> None:
+        """Have brief pieces on the way, as many as may be, until there are none. What comes is handed over while more
+        of them are on the way; what is unusual, or slow, is given a worker of its own."""
+        pieces: list[Piece] = [piece]
+        came: list[tuple[Trip, Answer]] = []
+        pause: float | None = None
+        slow, since = min(_SLOW, self._config.timeout / 4), 0.0
+        try:
+            while pieces or under_way or came:
+                self._depart(under_way, pieces)
+                now = self._clock()
+                ready = under_way.wait(0.0) if came else []
+                if came and not (ready and len(came) < _DELIVERED_TOGETHER and now < since + _SOON):
+                    self._take_in(came)
+                    came = []
+                if not ready and (eldest := under_way.eldest()) is not None:
+                    left = eldest + slow - now
+                    ready = under_way.wait(left if pause is None else min(left, pause))
+                    now = self._clock()
+                if ready:
+                    since = since if came else now
+                    came += self._read(under_way, ready)
+                self._hand_over_slow(under_way, now - slow)
+                under_way.look_up()
+                pieces, pause = self._scheduler.next_all(_is_brief, _MOST_AT_ONCE - len(under_way))
+                if not self._is_for_round():
+                    self._spawn()
+        finally:
+            for trip in under_way.trips:
+                self._hand_over(under_way, trip)
+
+    def _depart(self, under_way: Round, pieces: list[Piece]) -> None:
+        """Begin with pieces: those that are brief go on the way, each other is given a worker."""
+        going: list[tuple[Piece, list[Share]]] = []
+        for piece in pieces:
+            if not _goes_along(piece):
+                self._apart(partial(self._run, piece))
+            elif not (self._is_held_back(piece) or self._resumes(piece)):
+                if shares := self._begin(piece):
+                    going.append((piece, shares))
+                else:
+                    self._scheduler.release(piece)
+        if going:
+            for trip, (piece, shares) in zip(self._courier.depart(going), going, strict=True):
+                if trip is None:
+                    self._apart(partial(self._bring, piece, shares))
+                else:
+                    under_way.add(trip)
+        self._carried = max(0, len(under_way) - 1)
+
+    def _read(self, under_way: Round, ready: list[Trip]) -> list[tuple[Trip, Answer]]:
+        """What has come by now, once nothing more urgent does."""
+        came: list[tuple[Trip, Answer]] = []
+        if ready and all(self._scheduler.gives_way(trip.piece) for trip in under_way.trips):
+            self._scheduler.give_way(ready[0].piece)
+        for trip in ready:
+            answer = None if trip.begun.call.is_unusual else self._courier.read(trip)
+            if answer is not None:
+                under_way.remove(trip)
+                came.append((trip, answer))
+            elif trip.begun.call.is_unusual:
+                self._hand_over(under_way, trip)
+        if came:
+            self._courier.returned(came)
+            self._carried = max(0, len(under_way) - 1)
+        return came
+
+    def _hand_over_slow(self, under_way: Round, before: float) -> None:
+        """Give those a worker of their own that have been on the way since long before."""
+        while (eldest := under_way.eldest()) is not None and eldest <= before:
+            self._hand_over(under_way, under_way.trips[0])
+
+    def _hand_over(self, under_way: Round, trip: Trip) -> None:
+        """Have another worker go on with a trip."""
+        under_way.remove(trip)
+        self._carried = max(0, len(under_way) - 1)
+        self._apart(partial(self._bring, trip.piece, trip.shares, trip))
+
+    def _apart(self, bring: Callable[[], object]) -> None:
+        """Have another worker bring a piece that was taken; this one, where there is no other."""
+        with self._lock:
+            self._workers += 1
+        try:
+            self._executor.submit(self._work_apart, bring)
+        except RuntimeError:
+            self._work_apart(bring)
+
+    def _work_apart(self, bring: Callable[[], object]) -> None:
+        try:
+            bring()
+        finally:
+            with self._lock:
+                self._workers -= 1
+            self._spawn()
+
+    def _take_in(self, came: list[tuple[Trip, Answer]]) -> None:
+        """Trips are back: see what each of their loads still lacks."""
+        complete: list[Share] = []
+        rest: list[tuple[Share, Answer]] = []
+        with self._lock:
+            for trip, answer in came:
+                [share] = trip.shares
+                if not share.attempt.abandoned and self._assembly.advance(share, answer):
+                    complete.append(share)
+                else:
+                    rest.append((share, answer))
+        for share, answer in rest:
+            self._assembly.settle(share, answer)
+        self._leave([share for share, _ in rest])
+        for first in range(0, len(complete), _DELIVERED_TOGETHER):
+            self._deliver(complete[first : first + _DELIVERED_TOGETHER], came[-1][1], came[-1][0].endpoint)
 
     def _is_held_back(self, piece: Piece) -> bool:
         """Whether a piece is not begun with, as another process brings something of it, or has; the rest of it is
@@ -646,6 +818,24 @@ class Fetcher:
         if again is Again.NOTHING:
             is_final = isinstance(error, Cancelled | DeadlineExceeded)
             self._resolve(load, error if is_final else self._assembly.stale(load) or summary(load.failures))
+
+
+def _is_brief(fragment: PrioritizedFragment) -> bool:
+    """Whether a fragment is one that comes at one go, and for which there is nothing to think about."""
+    wanted = fragment.request.byte_range
+    return (
+        isinstance(fragment, Load)
+        and wanted is not None
+        and wanted.length <= BRIEF
+        and fragment.priority is not Priority.CRITICAL
+        and fragment.held is None
+        and not (fragment.failures or fragment.whole or fragment.may_resume or fragment.request.allow_short)
+    )
+
+
+def _goes_along(piece: Piece) -> bool:
+    """Whether a piece is a brief fragment, and no more."""
+    return len(piece.parts) == 1 and piece.byte_range.length <= BRIEF and _is_brief(piece.fragment)
 
 
 def _dropped(known: weakref.ref[Fetcher], fragment: PrioritizedFragment) -> None:

@@ -248,6 +248,8 @@ def may_begin(lane: Lane, lanes: Sequence[Lane], ceiling: int) -> bool:
     One that has less than its share may; one that has more leaves to the others that have work what they lack of
     theirs, up to their limits: a slow host does not hold another one down.
     """
+    if len(lanes) == 1:
+        return lane.active < ceiling
     working = [one for one in lanes if len(one.queue)]
     active = sum(one.active for one in lanes)
     share = max(1, ceiling // max(1, len(working)))

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..errors import ProtocolError
-from ..transport.client import Answer, Ask
+from ..transport.client import Answer, Ask, Begun
 from ..transport.sockets import Interrupt
 from ..values import RangeRequest
 from .alarms import Alarm
 from .loads import Share
+from .scheduler import Piece
 
-__all__ = ["Private", "Prize", "Race", "Second"]
+__all__ = ["Private", "Prize", "Race", "Second", "Trip"]
 
 
 class Private:
@@ -153,3 +154,27 @@ class Race:
         """The first is of no use: wait for the second, if there is one, so long at most."""
         if self.second is not None:
             self.second.ended.wait(max(0.0, seconds))
+
+
+@dataclass(slots=True, eq=False)
+class Trip:
+    """A brief piece on its way since ``began``, among many that one thread waits for: as a race, but that nobody is to
+    ask a second time. ``fd``: what to wait for."""
+
+    piece: Piece
+    shares: list[Share]
+    endpoint: int
+    began: float
+    begun: Begun
+    fd: int
+    headed: float | None = None
+    is_over: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody wants the piece any more. Under the fetcher's lock."""
+        return self.shares[0].attempt.abandoned
+
+    def stop(self) -> None:
+        """Cut it."""
+        self.begun.call.cut()

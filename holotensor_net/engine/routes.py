@@ -162,6 +162,10 @@ class Routes:
         health = self._health[index]
         return not health.failures and health.answered_at is not None and now < health.answered_at + _JUST_NOW
 
+    def is_well(self, index: int) -> bool:
+        """Whether an endpoint's circuit is closed."""
+        return not self._health[index].failures
+
     def answered(self, index: int, now: float) -> None:
         """The endpoint gave a sign of life: bytes, or an answer that can be trusted."""
         health = self._health[index]

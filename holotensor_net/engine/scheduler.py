@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import sys
@@ -317,6 +318,44 @@ class Scheduler:
                     self._changed.wait(wait)
                 finally:
                     self._sleeping -= 1
+
+    def next_all(self, suits: Callable[[PrioritizedFragment], bool], most: int) -> tuple[list[Piece], float | None]:
+        """The most urgent pieces that may be begun now, ``most`` at most, as long as what is most urgent ``suits``; and
+        the seconds until there may be more, None for until something changes. A piece may bring others along, and stand
+        for one that does not suit: it is the last then."""
+        taken: list[Piece] = []
+        with self._lock:
+            now = self._clock()
+            while len(taken) < most and not self._closed:
+                lane, wait = self._next_lane(now)
+                first = None if lane is None else lane.queue.peek()
+                if lane is None or first is None or not suits(first):
+                    return taken, wait
+                if (wait := self._wait_for_rates(lane, now)) > 0:
+                    return taken, wait
+                piece = self._take(lane, now)
+                taken.append(piece)
+                if len(piece.parts) > 1 or piece.fragment is not first:
+                    break
+        return taken, None
+
+    def first(self) -> PrioritizedFragment | None:
+        """The most urgent fragment that is queued for the first host."""
+        return self.lanes[0].queue.peek()
+
+    def came(self, pieces: Iterable[Piece]) -> None:
+        """``record`` all bytes of pieces, and ``release`` them, whoever has come with them taking more at once."""
+        with self._lock:
+            now = self._clock()
+            for piece in pieces:
+                size = piece.byte_range.length
+                self._total_bytes += size
+                self._budget.spend(size, now)
+                lane = self._in_flight[piece]
+                if lane.record(size, piece, now):
+                    self.rises += 1
+                    self._changed.notify_all()
+                self._end(piece, now)
 
     def release(self, piece: Piece) -> None:
         """Give back the connection of a piece, if it has one still."""
@@ -729,10 +768,10 @@ class Scheduler:
 
     def _take(self, lane: Lane, now: float) -> Piece:
         fragment = self._next_fragment(lane, now)
-        is_short = fragment in self._shorts
-        wanted = self._take_range(fragment)
-        parts = [self._part(fragment, wanted), *(self._neighbours(fragment, wanted) if is_short else [])]
-        parts.sort(key=lambda part: part.byte_range.start)
+        if fragment in self._shorts:
+            parts = self._take_shorts(self._with_neighbours(fragment))
+        else:
+            parts = [self._part(fragment, self._take_range(fragment))]
         piece = Piece(tuple(parts), RangeRequest(parts[0].byte_range.start, parts[-1].byte_range.stop))
         self._ration.hand_out(piece, now)
         self._begin(piece, lane, now)
@@ -779,16 +818,21 @@ class Scheduler:
         most = self._modest if lane.is_new else self.config.chunk_size
         return piece_worth_asking(lane.round_trip, lane.each, most=most, connections=max(1, lane.active))
 
-    def _neighbours(self, fragment: PrioritizedFragment, wanted: RangeRequest) -> list[Part]:
-        """Short fragments of the same object and level that are cheaper to bring along than to ask for later."""
-        lane = self.lanes[fragment.lane]
+    def _with_neighbours(self, fragment: PrioritizedFragment) -> list[PrioritizedFragment]:
+        """A short fragment, and those of the same object and level that are cheaper to bring along than to ask for
+        later, in order."""
+        lane, wanted = self.lanes[fragment.lane], fragment.request.byte_range
+        assert wanted is not None
         gap = min(_LARGEST_GAP, gap_worth_reading(lane.round_trip or _ROUND_TRIP, lane.each))
-        return self._take_shorts(self._shorts.joined(fragment, wanted, gap=gap, length=self._modest))
+        found = self._shorts.joined(fragment, wanted, gap=gap, length=self._modest)
+        if found:
+            bisect.insort(found, fragment, key=_start)
+        return found or [fragment]
 
     def _take_shorts(self, fragments: list[PrioritizedFragment]) -> list[Part]:
         """Hand out neighbours as they are: what is done for each fragment alone is done for all of them at once."""
         begun = [self._part(each, self._take_range(each)) for each in fragments if each.state is not None]
-        whole = [each for each in fragments if each.state is None]
+        whole = [each for each in fragments if each.state is None] if begun else fragments
         parts = []
         for fragment in whole:
             wanted = fragment.request.byte_range
@@ -801,7 +845,9 @@ class Scheduler:
             self._parked.update(whole)
             self._room.notify_all()
             self._shorts.discard_all(whole)
-        return begun + parts
+        if begun:
+            parts = sorted(begun + parts, key=lambda part: part.byte_range.start)
+        return parts
 
     def _forget_queued(self) -> list[PrioritizedFragment]:
         with self._lock:
@@ -825,6 +871,11 @@ class Scheduler:
         if was_queued:
             self._shorts.discard(fragment)
         return was_queued
+
+
+def _start(fragment: PrioritizedFragment) -> int:
+    wanted = fragment.request.byte_range
+    return 0 if wanted is None else wanted.start
 
 
 def _level(priority: Priority) -> Priority:

@@ -13,7 +13,7 @@ import functools
 import http.client
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import requests
 import urllib3
@@ -26,7 +26,7 @@ from .heads import by_name
 from .pools import Pool, pool_classes
 from .sockets import Answer, LiveSockets
 
-__all__ = ["Adapter", "Reply", "Request", "ask"]
+__all__ = ["Adapter", "Reply", "Request", "Way", "ask", "bare_reply", "is_straight", "target_of", "way_of"]
 
 _MOST_WAYS = 8
 """Origins whose pools are kept, by requests too."""
@@ -73,6 +73,11 @@ class Reply:
         self._answer = answer if isinstance(answer, Answer) else None
 
     @property
+    def was_plain(self) -> bool:
+        """Whether there was nothing to think about in its head."""
+        return self._answer is not None and self._answer.was_plain
+
+    @property
     def is_over(self) -> bool:
         """Whether the body is known to have been read to its end."""
         return self._answer is not None and self._answer.isclosed()
@@ -117,11 +122,11 @@ class Reply:
 class _BareReply(Reply):
     """The same, as http.client gives it."""
 
-    def __init__(self, url: str, pool: Pool, answer: Answer) -> None:
+    def __init__(self, url: str, owner: _Owner, answer: Answer) -> None:
         self.status = answer.status
         self.url = url
         self.headers = dict(answer.said)
-        self._pool = pool
+        self._owner = owner
         self._answer: Answer = answer
 
     def read_ahead(self) -> bytes | None:
@@ -137,10 +142,10 @@ class _BareReply(Reply):
         return self._answer.readinto1(buffer)
 
     def close(self) -> None:
-        self._pool.take_back(self._answer)
+        self._owner.take_back(self._answer)
 
 
-_Way: TypeAlias = tuple[object, ...]
+Way: TypeAlias = tuple[tuple[str | None, str | None, int | None], object, tuple[object, ...], object, object]
 
 
 class Adapter(HTTPAdapter):
@@ -148,7 +153,7 @@ class Adapter(HTTPAdapter):
 
     def __init__(self, sockets: LiveSockets) -> None:
         self._pool_classes = pool_classes(sockets)
-        self._pools: dict[_Way, Pool] = {}
+        self._pools: dict[Way, Pool] = {}
         super().__init__(pool_connections=_MOST_WAYS, pool_maxsize=2, max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -160,23 +165,14 @@ class Adapter(HTTPAdapter):
         manager.pool_classes_by_scheme = self._pool_classes
         return manager
 
-    def again(self, way: _Way, request: Request) -> Reply | None:
+    def again(self, way: Way, request: Request) -> Reply | None:
         """The answer over a connection that is there; None where the request has to go the whole way."""
         pool = self._pools.get(way)
         if pool is None or request.method != "GET" or log.isEnabledFor(logging.DEBUG):
             return None
-        try:
-            answer = pool.again(_target(request.url), request.headers, request.conditions)
-        except TimeoutError as error:
-            raise requests.ReadTimeout(error, request=request.prepared()) from error
-        except BaseSSLError as error:
-            raise requests.exceptions.SSLError(error, request=request.prepared()) from error
-        except (http.client.HTTPException, OSError) as error:
-            aborted = ProtocolError("Connection aborted.", error)
-            raise requests.ConnectionError(aborted, request=request.prepared()) from error
-        return None if answer is None else _BareReply(request.url, pool, answer)
+        return bare_reply(request, pool, lambda: pool.again(target_of(request), request.headers, request.conditions))
 
-    def learn(self, way: _Way, response: requests.Response) -> None:
+    def learn(self, way: Way, response: requests.Response) -> None:
         """An answer came the whole way: if it came through a pool of ours, the next may come sooner."""
         pool = getattr(response.raw, "_pool", None)
         url = response.request.url
@@ -185,6 +181,47 @@ class Adapter(HTTPAdapter):
             self._pools[way] = pool
             while len(self._pools) > _MOST_WAYS:
                 del self._pools[next(iter(self._pools))]
+
+
+class _Owner(Protocol):
+    """Who uses connections again."""
+
+    def take_back(self, answer: Answer) -> None: ...
+
+
+def bare_reply(request: Request, owner: _Owner, ask: Callable[[], Answer | None]) -> Reply | None:
+    """The answer that ``ask`` gives, as http.client does; ``owner`` has its connection in the end. Raises what requests
+    does."""
+    try:
+        answer = ask()
+    except TimeoutError as error:
+        raise requests.ReadTimeout(error, request=request.prepared()) from error
+    except BaseSSLError as error:
+        raise requests.exceptions.SSLError(error, request=request.prepared()) from error
+    except (http.client.HTTPException, OSError) as error:
+        aborted = ProtocolError("Connection aborted.", error)
+        raise requests.ConnectionError(aborted, request=request.prepared()) from error
+    return None if answer is None else _BareReply(request.url, owner, answer)
+
+
+def way_of(url: str, verify: bool | str, proxies: Mapping[str, str]) -> Way:
+    """All that makes a difference to how a request for a URL is sent."""
+    said = tuple(sorted(proxies.items())) if proxies else ()
+    return _origin(url), verify, said, *_doers()
+
+
+def is_straight(way: Way) -> bool:
+    """Whether nothing lies between us and the origin: no TLS, no proxy, and nobody who answers in its place."""
+    (scheme, *_), _, proxies, *doers = way
+    return scheme == "http" and not proxies and tuple(doers) == _DOERS
+
+
+def _doers() -> tuple[object, object]:
+    """Who sends. Whoever replaces one of these, as those do that answer in a test, is asked."""
+    return HTTPAdapter.send, urllib3.HTTPConnectionPool.urlopen
+
+
+_DOERS = _doers()
 
 
 def ask(
@@ -200,14 +237,7 @@ def ask(
     ``timeout``: seconds to connect, and for each wait for bytes.
     """
     adapter = session.get_adapter(request.url)
-    # Who replaces one of these, as those do that answer in a test, is asked again.
-    way = (
-        _origin(request.url),
-        verify,
-        tuple(sorted(proxies.items())) if proxies else (),
-        HTTPAdapter.send,
-        urllib3.HTTPConnectionPool.urlopen,
-    )
+    way = way_of(request.url, verify, proxies)
     reply = adapter.again(way, request) if isinstance(adapter, Adapter) else None
     if reply is not None:
         return reply
@@ -221,6 +251,11 @@ def ask(
 def _template(method: str, url: str) -> requests.PreparedRequest:
     """A request without headers of ours; the same URL is asked for again and again, a range at a time."""
     return requests.Request(method, url).prepare()
+
+
+def target_of(request: Request) -> str:
+    """What of a request's URL is sent to its server."""
+    return _target(request.url)
 
 
 @functools.lru_cache(256)

@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -40,14 +40,16 @@ from ..errors import (
 )
 from ..values import HeadInfo, RangeRequest
 from . import guards
-from .adapter import Adapter, Reply, Request, ask
-from .digests import LINKED, check_digests
-from .retry import HOSTS, Allowance, Host, Patience, persist
+from .adapter import Adapter, Reply, Request, ask, way_of
+from .digests import LINKED, NAMES, check_digests
+from .heads import PlainHead
+from .lines import BRIEF, Call, Lines
+from .retry import EARNED, HOSTS, Allowance, Host, Patience, persist
 from .sockets import Interrupt, LiveSockets
 from .transfer import Answer, Ask, OpenSink, Transfer, Write
 from .translation import translated
 
-__all__ = ["Answer", "Ask", "HttpClient", "OpenSink", "Write"]
+__all__ = ["BRIEF", "Answer", "Ask", "Begun", "HttpClient", "OpenSink", "Write"]
 
 T = TypeVar("T")
 
@@ -83,6 +85,20 @@ class _Pace(NamedTuple):
     stride: Callable[[], int]
 
 
+class Begun:
+    """A transfer whose request has been sent: its ``call``, what an answer will mean for it, and the headers of every
+    request as they ``were`` then. ``is_taken``: it has ended, or goes on the ordinary way, which has its connection and
+    its place among those that may be open."""
+
+    __slots__ = ("call", "is_taken", "state", "were")
+
+    def __init__(self, call: Call, state: Transfer, were: Mapping[str, str]) -> None:
+        self.call = call
+        self.state = state
+        self.were = were
+        self.is_taken = False
+
+
 class HttpClient:
     """Fetches from one endpoint, with retries, from any number of threads.
 
@@ -115,6 +131,7 @@ class HttpClient:
         self._local = threading.local()
         self._sockets = LiveSockets(self.config.timeout, clock=self._clock)
         self._sessions: weakref.WeakSet[requests.Session] = weakref.WeakSet()  # a thread's ends with it
+        self._lines = Lines(self._sockets, self.endpoint.max_connections)
         self._host = HOSTS.of(_origin_of(self.endpoint.url))
         self._process = os.getpid()
 
@@ -138,6 +155,7 @@ class HttpClient:
             sessions = list(self._sessions)
         for session in sessions:
             session.close()
+        self._lines.close()
 
     # -- the public verbs
 
@@ -230,6 +248,7 @@ class HttpClient:
         interrupt: Interrupt | None = None,
         window: Callable[[], int | None] | None = None,
         stride: Callable[[], int] = lambda: _STRIDE,
+        begun: Begun | None = None,
     ) -> Answer:
         """Move what ``ask`` names into the sink, however many requests it takes; the engine's door.
 
@@ -238,19 +257,19 @@ class HttpClient:
         followed by another attempt, which ``may_retry`` may forbid. ``interrupt`` cuts the transfer's connections; its
         event belongs into ``patience``, which says in what error that ends. ``window`` says how many bytes may come
         ahead of being read, None for any number, and ``stride`` how many a block may have; both are asked again and
-        again. Raises ObjectChanged when the version moves under the transfer, RangeNotSupported for a 200 to a range,
-        ConfigurationError for an empty range, RetriesExhausted, and the rest of the tree.
+        again. ``begun``: what ``begin_all`` began of it, which ends here. Raises ObjectChanged when the version moves
+        under the transfer, RangeNotSupported for a 200 to a range, ConfigurationError for an empty range,
+        RetriesExhausted, and the rest of the tree.
         """
         self._settle()
         patience, allowance = patience or self._patience(), Allowance(self._host)
-        known = ask.pinned if ask.pinned is not None and ask.pinned.is_strong else None
         wanted = ask.byte_range
-        state = Transfer(ask, wanted.start if wanted else 0, wanted.stop if wanted else ask.size, known, ask.size)
+        state = Transfer.of(ask if begun is None else begun.state.ask)
         pace = _Pace(on_request, on_bytes, stride)
 
         def attempt() -> None:
             for _ in range(_MOST_CONTINUATIONS):
-                self._ask_once(state, open_sink, patience, pace, compressed)
+                self._ask_once(state, open_sink, patience, pace, compressed, begun)
                 if state.done:
                     return
                 if state.version is None:
@@ -273,10 +292,91 @@ class HttpClient:
         except NetworkError as error:
             self._tell_where(error, ask.path, wanted)
             raise
+        finally:
+            if begun is not None:
+                self.forget(begun)
         allowance.give_back()
         assert state.head is not None
         delivered = None if state.not_modified else RangeRequest(state.start, state.position)
         return Answer(state.head, delivered, state.not_modified, state.requests, state.unproved)
+
+    # -- many requests at once
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether ``begin_all`` may begin anything, as far as is known."""
+        return self._lines.is_plain
+
+    def begin_all(self, asks: Sequence[Ask]) -> list[Begun | None]:
+        """Send the requests of transfers, each of a short range, and wait for none; None for each that has to be made
+        the ordinary way. What has begun is to be given to :meth:`read` whenever something may have come, until that
+        gives an answer; or else to :meth:`transfer`, or to :meth:`forget`."""
+        self._settle()
+        begun: list[Begun | None] = [None] * len(asks)
+        if not self._lines.is_plain or self._closing.is_set() or self._host.refusal(self._clock()) is not None:
+            return begun
+        with contextlib.suppress(Exception):  # the ordinary way meets it again, and tells of it
+            own, ways = self._own_headers(), dict[str, bool]()
+            for index, ask in enumerate(asks):
+                if ask.path not in ways:
+                    url = self._url_of(ask.path)
+                    ways[ask.path] = self._lines.lead(way_of(url, self._verify(url), self._proxies(url)))
+                if not ways[ask.path] or ask.byte_range is None or not self._slots.acquire(blocking=False):
+                    continue
+                try:
+                    begun[index] = self._begun(ask, own)
+                finally:
+                    if begun[index] is None:
+                        self._slots.release()
+        return begun
+
+    def _begun(self, ask: Ask, own: Mapping[str, str]) -> Begun | None:
+        state = Transfer.of(ask)
+        conditions = _conditions(state)
+        _check_sendable(conditions)
+        call = self._lines.call(Request("GET", self._url_of(ask.path), own, conditions))
+        return None if call is None else Begun(call, state, own)
+
+    def read(self, begun: Begun, open_sink: OpenSink) -> Answer | None:
+        """The end of a transfer of which bytes have come, if that was all: they are in their place. None while more is
+        to come; or where its call ``is_unusual``: nothing of it has come then, and :meth:`transfer` is to go on."""
+        call, state = begun.call, begun.state
+        came = call.receive()
+        if came is not None:
+            try:
+                if self._is_taken_in(state, *came, open_sink):
+                    call.end()
+                    begun.is_taken = True
+                    self._slots.release()
+                    self._host.earn(EARNED)
+                    assert state.head is not None
+                    return Answer(state.head, state.ask.byte_range, False, 1)
+            except Exception:  # noqa: S110  # the ordinary way judges it again, and tells of it
+                pass
+            call.is_unusual = True
+        if call.is_unusual:
+            self._lines.is_plain = False  # until one of the ordinary way is
+        return None
+
+    def _is_taken_in(self, state: Transfer, head: PlainHead, body: memoryview, open_sink: OpenSink) -> bool:
+        """Whether an answer is all that was asked for, in the plainest way; it is in its place then."""
+        wanted = state.ask.byte_range
+        if head.status != 206 or not NAMES.isdisjoint(head.said) or wanted is None or len(body) != wanted.length:
+            return False
+        state.count()
+        state.judge(head.status, head.said, self._wall(), compressed=False)
+        assert state.head is not None
+        state.write = open_sink(state.head, wanted)
+        state.advance(body)
+        state.end(is_all=False)
+        return state.done
+
+    def forget(self, begun: Begun) -> None:
+        """End what has begun, unless it has ended."""
+        if not begun.is_taken:
+            begun.is_taken = True
+            begun.call.drop()
+            self._slots.release()
 
     # -- one request, one answer
 
@@ -287,6 +387,7 @@ class HttpClient:
         patience: Patience,
         pace: _Pace,
         compressed: bool,
+        begun: Begun | None,
     ) -> None:
         def begin() -> None:
             self._begin(pace.on_request, patience)
@@ -304,11 +405,16 @@ class HttpClient:
                 state.write = open_sink(state.head, coming)
             state.expect(said, length)
             self._move(reply, state, length, patience, pace)
+            if (
+                reply.was_plain
+                and begun is None
+                and reply.url == Request("GET", self._url_of(state.ask.path), {}, {}).url
+            ):
+                self._lines.is_plain = True
 
         state.resume()
-        conditions = state.conditions()
-        conditions["Accept-Encoding"] = "gzip" if compressed else "identity"
-        self._answered("GET", state.ask.path, conditions, patience, begin, take)
+        conditions = _conditions(state, compressed=compressed)
+        self._answered("GET", state.ask.path, conditions, patience, begin, take, begun)
 
     def _move(self, reply: Reply, state: Transfer, length: int | None, patience: Patience, pace: _Pace) -> None:
         """Write the body to its place; its end is what was announced, no byte more or less."""
@@ -402,14 +508,19 @@ class HttpClient:
         patience: Patience,
         on_request: Callable[[], object],
         take: Callable[[Reply, Mapping[str, str]], T],
+        begun: Begun | None = None,
     ) -> T:
         """What ``take`` gives for the answer to one request, after redirects, and its headers, names in lower case; its
         connection is reused only if the body was read to its end."""
         url = self._url_of(path)
         self._check(patience)
-        self._await_turn(patience)
+        if begun is None or begun.is_taken:
+            begun = None
+            self._await_turn(patience)
+        else:
+            begun.is_taken = True
         try:
-            reply, linked = self._admitted(method, url, conditions, patience, on_request)
+            reply, linked = self._admitted(method, url, conditions, patience, on_request, begun)
             with translated():
                 try:
                     said = reply.headers
@@ -486,13 +597,14 @@ class HttpClient:
         conditions: Mapping[str, str],
         patience: Patience,
         on_request: Callable[[], object],
+        begun: Begun | None = None,
     ) -> tuple[Reply, str | None]:
         """As ``_follow``; what was refused is asked for once more with what may be fresh: the token that a function
         gives, after a 401, or the signed address that a redirect leads to. A token that was refused is not sent again.
         """
-        own = self._own_headers()
+        own = self._own_headers() if begun is None else begun.were
         with translated():
-            reply, linked = self._follow(method, url, own, conditions, patience, on_request)
+            reply, linked = self._follow(method, url, own, conditions, patience, on_request, begun)
         if reply.status not in _REFUSED:
             return reply, linked
         try:
@@ -517,6 +629,7 @@ class HttpClient:
         conditions: Mapping[str, str],
         patience: Patience,
         on_request: Callable[[], object],
+        begun: Begun | None = None,
     ) -> tuple[Reply, str | None]:
         """The first answer that is no redirect, and the tag that our own server linked to it on the way, if any.
 
@@ -538,7 +651,9 @@ class HttpClient:
             on_request()
             headed_by += self._clock() - ready_at
             self._sockets.wait_at_most(functools.partial(self._until, headed_by, patience))
-            reply = ask(
+            taken_over = begun.call.reply(request) if begun is not None else None
+            begun = None
+            reply = taken_over or ask(
                 session,
                 request,
                 timeout=lambda: (
@@ -637,6 +752,13 @@ class HttpClient:
         if error.url is None:
             error.url = redact_url(f"{self.endpoint.url.rstrip('/')}/{path.lstrip('/')}")
             error.byte_range = byte_range
+
+
+def _conditions(state: Transfer, *, compressed: bool = False) -> dict[str, str]:
+    """What one request says beside what every request does."""
+    conditions = state.conditions()
+    conditions["Accept-Encoding"] = "gzip" if compressed else "identity"
+    return conditions
 
 
 def _for_ever() -> float:

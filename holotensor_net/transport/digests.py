@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 from ..errors import ChecksumMismatch
 
-__all__ = ["LINKED", "Claim", "Digest", "announced", "check_digests", "linked"]
+__all__ = ["LINKED", "NAMES", "Claim", "Digest", "announced", "check_digests", "linked"]
 
 LINKED = "x-linked-etag"
 """The header in which a hub names the digest of the file that it redirects to."""
+
+NAMES = frozenset(("content-digest", "repr-digest", LINKED))
+"""The headers that name digests."""
 
 _ALGORITHMS = {"sha-256": "sha256", "sha-512": "sha512"}
 """Those of RFC 9530 that prove anything → their names in ``hashlib``."""

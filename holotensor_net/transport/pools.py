@@ -30,7 +30,7 @@ from ..errors import without_query
 from .heads import plain_request
 from .sockets import LONGEST, Answer, LiveSockets, Reader
 
-__all__ = ["Pool", "pool_classes"]
+__all__ = ["Pool", "begin_to_connect", "let_go", "pool_classes"]
 
 _CLOSED_MEANWHILE = contextlib.suppress(BrokenPipeError, ConnectionResetError)  # there may be an answer all the same
 _FULL = contextlib.suppress(BlockingIOError)
@@ -120,14 +120,21 @@ class Pool(connectionpool.HTTPConnectionPool):
 
     def take_back(self, answer: Answer) -> None:
         """Use the connection of an answer again, if that was read to its end."""
-        connection, answer.connection = answer.connection, None
-        if not answer.isclosed():
-            answer.close()
-            if connection is not None:
-                connection.close()
+        connection = let_go(answer)
         if connection is not None:
-            connection.take_back(answer.left)
             self._put_conn(connection)
+
+
+def let_go(answer: Answer) -> Any:
+    """The connection of an answer, if there is one still: open only if that was read to its end."""
+    connection, answer.connection = answer.connection, None
+    if not answer.isclosed():
+        answer.close()
+        if connection is not None:
+            connection.close()
+    if connection is not None:
+        connection.take_back(answer.left)
+    return connection
 
 
 def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConnectionPool]]:
@@ -153,17 +160,34 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
             """The answer to a GET over this connection, which is open."""
             sockets.use(self.sock)
             sockets.bound(self.sock)
+            head = self.head_of(target, headers, conditions)
+            answer = self._asked(head) if head else self._asked_at_length(target, {**headers, **conditions})
+            answer.connection = self
+            return answer
+
+        def head_of(self, target: str, headers: Mapping[str, str], conditions: Mapping[str, str]) -> bytes | None:
+            """The head of a GET over this connection; None if anything in it is unusual."""
             host = f"[{self.host}]" if ":" in self.host else self.host
             host = host if self.port == self.default_port else f"{host}:{self.port}"
-            head = plain_request(target, host, headers, conditions)
-            answer = self._asked(head) if head else self._asked_at_length(target, {**headers, **conditions})
+            return plain_request(target, host, headers, conditions)
+
+        def resume(self, came: bytes) -> Answer:
+            """The answer to a GET that was sent over this connection, of which so much has been read."""
+            sockets.use(self.sock)
+            sockets.bound(self.sock)
+            reader = self._reader()
+            reader.raw.put_back(came)
+            answer = self._begun(reader)
             answer.connection = self
             return answer
 
         def _asked(self, head: bytes) -> Answer:
             with _CLOSED_MEANWHILE:
                 self._send_at_once(head)
-            answer = Answer(self._reader(), method="GET")
+            return self._begun(self._reader())
+
+        def _begun(self, reader: Reader) -> Answer:
+            answer = Answer(reader, method="GET")
             try:
                 if not answer.begin_plainly():
                     answer.begin()
@@ -276,12 +300,8 @@ def _connect(connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
 
 def _connected(sock: socket.socket, address: Any, connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
     try:
-        for option in connection.socket_options or ():
-            sock.setsockopt(*option)
         seconds = min(float(connection.timeout or LONGEST), sockets.left())
-        sock.setblocking(False)
-        failure = sock.connect_ex(address)
-        sockets.add(sock)  # under way already: a shutdown before that would be forgotten by connecting
+        failure = begin_to_connect(sock, address, connection, sockets)
         if failure in _UNDER_WAY:
             if not wait_for_write(sock, seconds):
                 raise TimeoutError("timed out")
@@ -293,3 +313,14 @@ def _connected(sock: socket.socket, address: Any, connection: HTTPConnection, so
         sock.close()
         raise
     return sock
+
+
+def begin_to_connect(sock: socket.socket, address: Any, connection: HTTPConnection, sockets: LiveSockets) -> int:
+    """Have a socket connect, without a wait, and be known to ``sockets``; gives an error's number, which may say that
+    it is under way."""
+    for option in connection.socket_options or ():
+        sock.setsockopt(*option)
+    sock.setblocking(False)
+    failure = sock.connect_ex(address)
+    sockets.add(sock)  # under way already: a shutdown before that would be forgotten by connecting
+    return failure

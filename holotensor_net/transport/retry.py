@@ -27,7 +27,7 @@ from ..errors import (
     Timeout,
 )
 
-__all__ = ["HOSTS", "LONGEST_RETRY_AFTER", "Allowance", "Host", "Hosts", "Patience", "persist"]
+__all__ = ["EARNED", "HOSTS", "LONGEST_RETRY_AFTER", "Allowance", "Host", "Hosts", "Patience", "persist"]
 
 T = TypeVar("T")
 
@@ -36,8 +36,10 @@ LONGEST_RETRY_AFTER = 60.0
 
 _LONGEST_SILENCE = 3600.0  # seconds; a host that asked for years by mistake is asked again some day
 _RESERVE = 32.0  # retries that a host is asked for before anything went well
-_EARNED = 0.1  # retries, by each transfer
 _MOST_HOSTS = 256
+
+EARNED = 0.1
+"""Retries that a host may be asked for more, by each transfer."""
 
 _LONGEST_WAIT = 7 * 86400.0  # seconds; beyond some 1e9, sockets and locks raise OverflowError
 
@@ -163,7 +165,7 @@ class Allowance:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._spent = 0
-        host.earn(_EARNED)
+        host.earn(EARNED)
 
     def pays(self, error: NetworkError) -> bool:
         """Whether another attempt may be made after this error. Only what may be the host's burden costs anything: a

@@ -224,6 +224,11 @@ class _Incoming(io.RawIOBase):
         self._last = 0.0  # when bytes of the body came
         self._wakes_at = 1
         self._is_fast = self._may_be_fast = False
+        self._put_back = b""
+
+    def put_back(self, came: bytes) -> None:
+        """Let these bytes, which were received already, be read first."""
+        self._put_back = came
 
     def begin_head(self) -> None:
         """Another answer comes."""
@@ -255,6 +260,10 @@ class _Incoming(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        if came := self._put_back:
+            count = min(len(came), len(buffer))
+            buffer[:count], self._put_back = came[:count], came[count:]
+            return count
         if self._is_over:
             return 0
         sockets = self._sockets
@@ -327,11 +336,12 @@ class Answer(http.client.HTTPResponse):
 
     ``said`` are its headers, names in lower case. ``has_excess``: the server sent bytes beyond its end. They would be
     taken for the next answer, so there is none. ``connection`` is the one that it came over; where there is one, the
-    reader is ``left`` at the end for the next answer.
+    reader is ``left`` at the end for the next answer. ``was_plain``: there was nothing to think about in its head.
     """
 
     said: Mapping[str, str] = MappingProxyType({})
     has_excess = False
+    was_plain = False
     connection: Any = None
     left: Reader | None = None
     _is_direct = False
@@ -393,7 +403,7 @@ class Answer(http.client.HTTPResponse):
             return False
         self.fp.read(head.size)
         self.status, self.said, self.length = head.status, head.said, head.length
-        self.version, self.chunked, self.will_close = 11, False, False
+        self.version, self.chunked, self.will_close, self.was_plain = 11, False, False, True
         self._incoming.begin_body(may_end=True)
         return True
 

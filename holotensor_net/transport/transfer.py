@@ -12,11 +12,9 @@ from typing import TypeAlias
 from ..errors import ChecksumMismatch, HttpError, ObjectChanged, ProtocolError, RangeNotSupported
 from ..values import HeadInfo, RangeRequest, Validator
 from . import guards
-from .digests import LINKED, Claim, Digest, announced, linked
+from .digests import LINKED, NAMES, Claim, Digest, announced, linked
 
 __all__ = ["Answer", "Ask", "OpenSink", "Room", "Transfer", "Write"]
-
-_DIGESTS = frozenset(("content-digest", "repr-digest", LINKED))
 
 Write: TypeAlias = Callable[[int, memoryview], None]
 """Takes bytes at an absolute offset of the object."""
@@ -85,6 +83,13 @@ class Transfer:
     claims: list[Claim] = field(default_factory=list)
     unproved: frozenset[Digest] = frozenset()
 
+    @classmethod
+    def of(cls, ask: Ask) -> Transfer:
+        """One of which nothing has come."""
+        known = ask.pinned if ask.pinned is not None and ask.pinned.is_strong else None
+        wanted = ask.byte_range
+        return cls(ask, wanted.start if wanted else 0, wanted.stop if wanted else ask.size, known, ask.size)
+
     def count(self) -> None:
         """A request is sent for it."""
         self.requests += 1
@@ -134,7 +139,7 @@ class Transfer:
 
     def expect(self, headers: Mapping[str, str], length: int | None) -> None:
         """Hold the body that is to come, ``length`` bytes if that is known, against the digests that its head names."""
-        if _DIGESTS.isdisjoint(headers):
+        if NAMES.isdisjoint(headers):
             return
         stop = None if length is None else self.position + length
         if own := announced(headers.get("content-digest")):

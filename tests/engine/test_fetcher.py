@@ -157,7 +157,9 @@ class Call:
 
 
 class Line:
-    """A client whose transfers go as the test says."""
+    """A client whose transfers go as the test says, one by one."""
+
+    may_begin = False
 
     def __init__(self, endpoint: int, calls: queue.Queue[Call]) -> None:
         self._endpoint = endpoint

@@ -1,0 +1,214 @@
+"""Brief pieces on their way together: what befalls one of them is nothing to its neighbours."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from wire import END, HOLD, Request, Script, Wire, answer
+
+from holotensor_net import CdnEndpoint, LoadRequest, NetworkConfig, NetworkLoader, Priority, RetryConfig
+from holotensor_net.errors import (
+    Cancelled,
+    ConnectionFailed,
+    NotFound,
+    ObjectChanged,
+    ProtocolError,
+    RateLimited,
+    RetriesExhausted,
+)
+
+LENGTH, APART, COUNT = 100, 1 << 20, 24
+DATA = bytes(range(251)) * 4
+TAG = '"one"'
+SIZE = COUNT * APART
+BAD = 5
+
+
+def body(start: int) -> bytes:
+    return DATA[start // APART : start // APART + LENGTH]
+
+
+def good(request: Request, **headers: Any) -> bytes:
+    start, stop = asked(request)
+    own = {"content_range": f"bytes {start}-{stop - 1}/{SIZE}", "etag": TAG}
+    offset = start % APART
+    return answer(body(start - offset)[offset : offset + stop - start], 206, **(own | headers))
+
+
+def asked(request: Request) -> tuple[int, int]:
+    first, _, last = request.headers["range"].removeprefix("bytes=").partition("-")
+    return int(first), int(last) + 1
+
+
+def is_bad(request: Request) -> bool:
+    return asked(request)[0] // APART == BAD
+
+
+@pytest.fixture
+def loader() -> Iterator[Callable[..., NetworkLoader]]:
+    made: list[NetworkLoader] = []
+
+    def make(wire: Wire, **more: Any) -> NetworkLoader:
+        own = {"retry": RetryConfig(max_retries=1, initial_backoff=0.01), "cache_dir": False, "timeout": 5.0}
+        made.append(NetworkLoader(NetworkConfig(endpoints=(CdnEndpoint(wire.url),), **(own | more))))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def requests(count: int = COUNT, **more: Any) -> list[LoadRequest]:
+    starts = [APART * number for number in range(count)]
+    return [LoadRequest(f"{start}", "file", byte_range=(start, start + LENGTH), **more) for start in starts]
+
+
+def scripted(bad: Callable[[Request], Script], *, once: bool = False) -> Callable[[Request], Script]:
+    """All is well but the answer for one range, the first time or each time."""
+    struck: list[Request] = []
+
+    def told(request: Request) -> Script:
+        if not is_bad(request) or (once and struck):
+            return good(request)
+        struck.append(request)
+        return bad(request)
+
+    return told
+
+
+def test_many_are_on_the_way_at_once_for_one_thread(loader: Callable[..., NetworkLoader]) -> None:
+    together = threading.Event()
+    came: list[Request] = []
+
+    def told(request: Request) -> Script:
+        came.append(request)
+        if len(came) >= 4:
+            together.set()
+        return [together, good(request)]  # nothing is answered before several were asked for
+
+    with Wire(always=told) as wire:
+        it = loader(wire, max_concurrent=8)
+        futures = it.enqueue_many(requests())
+        threads = set()
+        for future in futures:
+            assert future.result(10).is_success
+            threads |= {thread.name for thread in threading.enumerate() if "holotensor-fetch" in thread.name}
+        assert [bytes(future.result().data) for future in futures] == [body(APART * n) for n in range(COUNT)]
+        assert len(threads) <= 2  # of the eight that there might be; one may have come in vain
+        assert it.stats().requests == len(wire.requests) == COUNT
+        assert wire.connections <= 8
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (lambda request: answer(status=404), NotFound),
+        (lambda request: answer(b"no", status=429, retry_after=100), RateLimited),
+        (lambda request: good(request, etag='"two"', content_range="bytes 7-106/1000"), ProtocolError),
+        (lambda request: good(request, content_range=f"bytes {BAD * APART}-{BAD * APART + 99}/99999999"), None),
+        (lambda request: good(request, content_encoding="gzip"), ProtocolError),
+        (lambda request: [good(request) + b"more"], ProtocolError),
+        (lambda request: good(request, content_type="multipart/byteranges; boundary=a"), ProtocolError),
+        (lambda request: [good(request)[:-1], END], ConnectionFailed),
+        (lambda request: [good(request)[:20], END], ConnectionFailed),
+        (lambda request: [END], ConnectionFailed),
+    ],
+)
+@pytest.mark.parametrize("once", [False, True])
+def test_what_is_wrong_with_one_is_told_of_that_one_alone(
+    loader: Callable[..., NetworkLoader], bad: Callable[[Request], Script], error: type[Exception] | None, once: bool
+) -> None:
+    with Wire(always=scripted(bad, once=once)) as wire:
+        it = loader(wire, max_concurrent=8)
+        results = [future.result(10) for future in it.enqueue_many(requests())]
+        for number, result in enumerate(results):
+            if number != BAD:
+                assert result.is_success or isinstance(result.error, RateLimited)
+            if result.is_success:
+                assert bytes(result.data) == body(APART * number)
+        failed = results[BAD]
+        repeats = sum(is_bad(request) for request in wire.requests)
+        if failed.is_success:
+            assert error is None or (once and error in (ProtocolError, ConnectionFailed))
+            assert repeats == 1 if error is None else 2
+        else:
+            last = failed.error.last_error if isinstance(failed.error, RetriesExhausted) else failed.error
+            assert error is not None
+            assert isinstance(last, error)
+            assert repeats <= 2  # the answer was read, and not asked for again; then one retry at most
+            if error in (NotFound, RateLimited):
+                assert repeats == 1
+
+
+def test_another_version_is_refused_where_one_is_pinned(loader: Callable[..., NetworkLoader]) -> None:
+    from holotensor_net import Validator
+
+    pinned = Validator(TAG, None, True)
+    with Wire(always=scripted(lambda request: good(request, etag='"two"'))) as wire:
+        results = [future.result(10) for future in loader(wire).enqueue_many(requests(validator=pinned))]
+        assert isinstance(results[BAD].error, ObjectChanged)
+        assert all(result.is_success for number, result in enumerate(results) if number != BAD)
+
+
+def test_one_that_is_silent_holds_nobody_up_and_is_cut_once_nobody_wants_it(
+    loader: Callable[..., NetworkLoader],
+) -> None:
+    with Wire(always=scripted(lambda request: [HOLD])) as wire:
+        it = loader(wire, max_concurrent=8, timeout=60.0)
+        futures = it.enqueue_many(requests())
+        assert all(future.result(10).is_success for number, future in enumerate(futures) if number != BAD)
+        assert not futures[BAD].done()
+        futures[BAD].cancel()
+        deadline = time.monotonic() + 5
+        while it.stats().connections and time.monotonic() < deadline:
+            threading.Event().wait(0.01)
+        assert it.stats().connections == 0
+
+
+def test_one_that_comes_late_comes(loader: Callable[..., NetworkLoader]) -> None:
+    late = threading.Event()
+    with Wire(always=scripted(lambda request: [good(request)[:30], late, good(request)[30:]])) as wire:
+        futures = loader(wire, max_concurrent=8, timeout=1.0).enqueue_many(requests())  # it is given a worker meanwhile
+        assert all(future.result(10).is_success for number, future in enumerate(futures) if number != BAD)
+        threading.Timer(0.5, late.set).start()
+        assert bytes(futures[BAD].result(10).data) == body(BAD * APART)
+        assert sum(is_bad(request) for request in wire.requests) == 1
+
+
+def test_closing_ends_all_that_is_on_the_way_at_once(loader: Callable[..., NetworkLoader]) -> None:
+    with Wire(always=lambda request: [HOLD]) as wire:
+        it = loader(wire, max_concurrent=8, timeout=60.0)
+        futures = it.enqueue_many(requests())
+        wire.await_requests(2)
+        began = time.monotonic()
+        it.close()
+        assert time.monotonic() - began < 2
+        assert all(isinstance(future.result(1).error, Cancelled) for future in futures)
+        wire.await_closed()
+
+
+def test_what_is_critical_goes_before_those_that_wait(loader: Callable[..., NetworkLoader]) -> None:
+    gate = threading.Event()
+    with Wire(always=lambda request: [gate, good(request)]) as wire:
+        it = loader(wire, max_concurrent=4)
+        futures = it.enqueue_many(requests(20, priority=Priority.LOW))
+        wire.await_requests(2)
+        urgent = LoadRequest("u", "file", byte_range=(21 * APART, 21 * APART + LENGTH), priority=Priority.CRITICAL)
+        future = it.enqueue(urgent)
+        gate.set()
+        assert future.result(10).is_success
+        assert all(one.result(10).is_success for one in futures)
+        order = [asked(request)[0] for request in wire.requests]
+        assert order.index(21 * APART) <= 8
+
+
+def test_no_more_connections_than_an_endpoint_may_have(loader: Callable[..., NetworkLoader]) -> None:
+    with Wire(always=good) as wire:
+        config = NetworkConfig(endpoints=(CdnEndpoint(wire.url, max_connections=2),), cache_dir=False)
+        with NetworkLoader(config) as it:
+            assert all(future.result(10).is_success for future in it.enqueue_many(requests()))
+        assert wire.connections <= 2
