@@ -543,6 +543,13 @@ class Fetcher:
 
     def _depart(self, under_way: Round, pieces: list[Piece]) -> None:
         """Begin with pieces: those that are brief go on the way, each other is given a worker."""
+        try:
+            self._begin_trips(under_way, pieces)
+        except Exception as error:
+            self._fail([part.fragment for piece in pieces for part in piece.parts], error)
+        self._carried = max(0, len(under_way) - 1)
+
+    def _begin_trips(self, under_way: Round, pieces: list[Piece]) -> None:
         going: list[tuple[Piece, list[Share]]] = []
         for piece in pieces:
             if not _goes_along(piece):
@@ -558,7 +565,6 @@ class Fetcher:
                     self._apart(partial(self._bring, piece, shares))
                 else:
                     under_way.add(trip)
-        self._carried = max(0, len(under_way) - 1)
 
     def _read(self, under_way: Round, ready: list[Trip]) -> list[tuple[Trip, Answer]]:
         """What has come by now, once nothing more urgent does."""
@@ -607,6 +613,18 @@ class Fetcher:
 
     def _take_in(self, came: list[tuple[Trip, Answer]]) -> None:
         """Trips are back: see what each of their loads still lacks."""
+        try:
+            self._hand_in(came)
+        except Exception as error:
+            self._fail([trip.piece.fragment for trip, _ in came], error)
+
+    def _fail(self, fragments: list[PrioritizedFragment], error: Exception) -> None:
+        """A defect of ours is told to whoever waits."""
+        for fragment in fragments:
+            if isinstance(fragment, Load):
+                self._resolve(fragment, _defect(error))
+
+    def _hand_in(self, came: list[tuple[Trip, Answer]]) -> None:
         complete: list[Share] = []
         rest: list[tuple[Share, Answer]] = []
         with self._lock:

@@ -40,7 +40,7 @@ from ..errors import (
 )
 from ..values import HeadInfo, RangeRequest
 from . import guards
-from .adapter import Adapter, Reply, Request, ask, way_of
+from .adapter import Adapter, Reply, Request, ask, is_straight, way_of
 from .digests import LINKED, NAMES, check_digests
 from .heads import PlainHead
 from .lines import BRIEF, Call, Lines
@@ -60,6 +60,7 @@ _DRAIN = 64 * 1024
 _DRAIN_SECONDS = 0.5
 _LOOK = 0.25  # seconds between two looks whether who waits for a connection still wants it
 _MOST_CONTINUATIONS = 256
+_SEEN_FOR = 1.0  # seconds
 _REDIRECTS = (301, 302, 303, 307, 308)
 _REFUSED = (401, 403)
 _CONTROL = re.compile(r"[\x00-\x20\x7f]")
@@ -131,6 +132,7 @@ class HttpClient:
         self._local = threading.local()
         self._sockets = LiveSockets(self.config.timeout, clock=self._clock)
         self._sessions: weakref.WeakSet[requests.Session] = weakref.WeakSet()  # a thread's ends with it
+        self._was_straight, self._seen_at = False, -math.inf
         self._lines = Lines(self._sockets, self.endpoint.max_connections)
         self._host = HOSTS.of(_origin_of(self.endpoint.url))
         self._process = os.getpid()
@@ -305,7 +307,16 @@ class HttpClient:
     @property
     def may_begin(self) -> bool:
         """Whether ``begin_all`` may begin anything, as far as is known."""
-        return self._lines.is_plain
+        return self._lines.is_plain and self._is_straight()
+
+    def _is_straight(self) -> bool:
+        """Whether nothing stands between us and our own origin, as was seen within a second."""
+        now, url = self._clock(), self.endpoint.url
+        if now >= self._seen_at + _SEEN_FOR:
+            is_straight_http = os.name == "posix" and url.startswith("http:")
+            self._was_straight = is_straight_http and is_straight(way_of(url, self._verify(url), self._proxies(url)))
+            self._seen_at = now
+        return self._was_straight
 
     def begin_all(self, asks: Sequence[Ask]) -> list[Begun | None]:
         """Send the requests of transfers, each of a short range, and wait for none; None for each that has to be made
@@ -346,6 +357,7 @@ class HttpClient:
             try:
                 if self._is_taken_in(state, *came, open_sink):
                     call.end()
+                    self._lines.trust(is_proved=True)
                     begun.is_taken = True
                     self._slots.release()
                     self._host.earn(EARNED)
@@ -355,7 +367,7 @@ class HttpClient:
                 pass
             call.is_unusual = True
         if call.is_unusual:
-            self._lines.is_plain = False  # until one of the ordinary way is
+            self._lines.doubt()
         return None
 
     def _is_taken_in(self, state: Transfer, head: PlainHead, body: memoryview, open_sink: OpenSink) -> bool:

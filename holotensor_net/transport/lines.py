@@ -25,6 +25,7 @@ BRIEF = 1 << 16
 """Bytes of a body that is read together with its head, at most."""
 
 _LONGEST_HEAD = 1 << 14
+_MOST_STRIKES = 64
 _END = b"\r\n\r\n"
 _UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 
@@ -124,6 +125,7 @@ class Lines:
         self._address: tuple[Way, Pool, int, Any] | None = None
         self._failures = 0
         self.is_plain = True  # whether answers were, of late
+        self._strikes = 0  # that were not, since one was
 
     def lead(self, way: Way) -> bool:
         """Whether requests that go this way may be asked here."""
@@ -148,6 +150,19 @@ class Lines:
         """Nobody is to be reached there: try another address."""
         self._failures += 1
         self._address = None
+
+    def doubt(self) -> None:
+        """An answer was not plain: ask no more, until one of the ordinary way is."""
+        self.is_plain = False
+        self._strikes += 1
+
+    def trust(self, *, is_proved: bool = False) -> None:
+        """An answer of the ordinary way was plain; ``is_proved``: one that came here was. What is plain there and never
+        here would be read twice each time."""
+        if is_proved:
+            self._strikes = 0
+        elif self._strikes < _MOST_STRIKES:
+            self.is_plain = True
 
     def call(self, request: Request) -> Call | None:
         """Ask; None if that has to be done the ordinary way. Nothing waits."""
