@@ -1386,3 +1386,34 @@ def test_the_rest_of_an_object_is_shared_among_all_connections_if_nothing_else_i
     then = queue.next(timeout=0)
     assert then is not None
     assert then.byte_range.length > 8 * mebibyte
+
+
+def test_pieces_are_taken_together_as_long_as_the_most_urgent_suits() -> None:
+    queue = scheduler(max_concurrent=3)
+    starts = [number << 20 for number in range(5)]
+    queue.enqueue_many([part_of("a", start, start + 10) for start in starts])
+    queue.enqueue(part_of("b", 0, 10, priority=Priority.CRITICAL))
+
+    def suits(fragment: PrioritizedFragment) -> bool:
+        return fragment.request.path == "a"
+
+    assert queue.next_all(suits, 10) == ([], None)  # what is more urgent is another's
+    urgent = queue.next(timeout=0)
+    assert urgent is not None
+    assert urgent.request.path == "b"
+    taken, _ = queue.next_all(suits, 1)
+    more, _ = queue.next_all(suits, 10)
+    assert ranges([*taken, *more]) == [(start, start + 10) for start in starts[:2]]  # and no more than the limit
+    queue.release(urgent)
+    queue.came([*taken, *more])
+    assert queue.active == 0
+    assert queue.stats().total_bytes == 20
+    rest, _ = queue.next_all(suits, 10)
+    assert ranges(rest) == [(start, start + 10) for start in starts[2:]]
+
+
+def test_one_that_brings_others_along_is_the_last_that_is_taken_together() -> None:
+    queue = scheduler()
+    queue.enqueue_many([part_of("a", 0, 10), part_of("b", 0, 10), part_of("b", 10, 20), part_of("c", 0, 10)])
+    taken, _ = queue.next_all(lambda fragment: True, 10)
+    assert [len(piece.parts) for piece in taken] == [1, 2]
