@@ -299,7 +299,8 @@ class Courier:
         def open_sink(head: HeadInfo, coming: RangeRequest | None) -> Write:
             race.headed = race.headed or self._clock()
             self._scheduler.lanes[endpoint].monitor.record_round_trip(race.headed - race.began)
-            return self._assembly.open(shares, head, coming)
+            race.write = self._assembly.open(shares, head, coming)
+            return race.write
 
         has_delivered = False
         try:
@@ -511,15 +512,15 @@ class Courier:
 
     def _pace(self, size: int, piece: Piece, patience: Patience, race: Race) -> None:
         """Bytes of a piece have come: rest, before more are read, for as long as others go first or the rate wants."""
-        delay = self._note_bytes(size, piece, race.endpoint)
+        delay = self._note_bytes(size, piece, race.endpoint, spent=race.spent())
         if delay > 0 or self._scheduler.gives_way(piece):
             with race.resting(self._clock):
                 self._scheduler.give_way(piece)
                 patience.sleep(delay)
 
-    def _note_bytes(self, size: int, piece: Piece | None, endpoint: int) -> float:
+    def _note_bytes(self, size: int, piece: Piece | None, endpoint: int, *, spent: float = 0.0) -> float:
         """Bytes have come; gives the seconds until more may be read."""
-        delay = self._scheduler.record(size, piece, lane=endpoint)
+        delay = self._scheduler.record(size, piece, lane=endpoint, spent=spent)
         self._heard(endpoint)
         if (rises := self._scheduler.rises) != self._rises:
             self._rises = rises

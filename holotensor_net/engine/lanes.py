@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ..values import Priority
@@ -50,7 +51,7 @@ class Lane:
         self.controller = self._expected.controller
         self.active = 0
         self.urgent = 0
-        self._ceiling = ceiling
+        self._ceiling = self._enough = ceiling
         self._is_adaptive = is_adaptive
         self._is_paced = is_paced
         self._heard_at = self._moves_since = now  # the last bytes, and from when on they came to as many as there are
@@ -67,7 +68,7 @@ class Lane:
     @property
     def limit(self) -> int:
         """Connections that may be used at once, now."""
-        return self.controller.limit if self._is_adaptive else self._ceiling
+        return min(self.controller.limit, self._enough) if self._is_adaptive else self._ceiling
 
     @property
     def each(self) -> float:
@@ -118,10 +119,16 @@ class Lane:
         return self._answered + max(_AHEAD, self._answered // _AHEAD_SHARE)
 
     @property
+    def _is_held_up(self) -> bool:
+        """Whether connections were read from in less than half of their time, as files took the rest: then twice as
+        many as were read from on average bring all that the files take."""
+        return self._spent > self._busy / 2
+
+    @property
     def _may_be_roused(self) -> bool:
         """Whether a silence would tell that the path is not full: all that may be there are, and have had bytes."""
         are_all = self.active == len(self._served) == self.limit
-        is_ours = self._is_paced or self._is_disturbed
+        is_ours = self._is_paced or self._is_disturbed or self._is_held_up
         return are_all and self._is_adaptive and not is_ours and self.controller.may_climb
 
     @property
@@ -166,14 +173,16 @@ class Lane:
             found = self.controller.heir(self._ceiling, after=0.0)
             PATHS.keep(self._host, Path(found, each, self.round_trip), now)
 
-    def record(self, size: int, piece: object, now: float) -> bool:
-        """Bytes have come, of a piece in flight or of none; whether more connections may be used than before."""
+    def record(self, size: int, piece: object, now: float, spent: float = 0.0) -> bool:
+        """Bytes have come, of a piece in flight or of none, which was not read for ``spent`` seconds of the time since
+        the last: files were written to. Gives whether more connections may be used than before."""
         if piece is not None:
             self._served.add(piece)
             self._most_served = max(self._most_served, len(self._served))
             self._answered = max(self._answered, self._ranks.pop(piece, 0))
         self._account(now)
         self._heard_at = now
+        self._spent += spent
         self._bytes += size
         self._squares += size * size
         has_risen = self._revise(now)
@@ -196,7 +205,7 @@ class Lane:
     def _begin_interval(self, now: float) -> None:
         """What is counted from here on: until the next revision."""
         self._began = self._accounted = now
-        self._busy = 0.0
+        self._busy = self._spent = 0.0
         self._bytes = self._squares = 0
         self._refusals = 0
         self._saturated = False
@@ -231,6 +240,8 @@ class Lane:
                     served=self._most_served,
                 )
             )
+            read_from = math.ceil(2 * (self._busy - self._spent) / seconds)
+            self._enough = max(1, read_from) if self._is_held_up else min(self._ceiling, 2 * self._enough)
             if is_silent and self.limit == before:
                 self.controller.rouse()
             if self.limit != before:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..errors import ProtocolError
-from ..transport.client import Answer, Ask, Begun
+from ..transport.client import Answer, Ask, Begun, Write
 from ..transport.sockets import Interrupt
 from ..values import RangeRequest
 from .alarms import Alarm
@@ -62,10 +62,10 @@ class Second:
 class Race:
     """A piece on its way from ``endpoint`` since ``began``, and perhaps from another one too.
 
-    Only the first writes to the destination, on the thread that began the piece; the second has a place of its own.
-    If the second has everything, and it is verified, the first is cut; its thread then takes what the second brought
-    in place of its own. ``pause``: seconds until the piece is looked at (again), by ``alarm``. The lock guards the
-    outcome, and the ``second``, which there is once it has been asked.
+    Only the first writes to the destination, with ``write``, on the thread that began the piece; the second has a place
+    of its own. If the second has everything, and it is verified, the first is cut; its thread then takes what the
+    second brought in place of its own. ``pause``: seconds until the piece is looked at (again), by ``alarm``. The lock
+    guards the outcome, and the ``second``, which there is once it has been asked.
     """
 
     shares: list[Share]
@@ -78,6 +78,8 @@ class Race:
     first: Interrupt = field(default_factory=Interrupt)
     second: Second | None = None
     rested: float = 0.0
+    write: Write | None = None
+    _spent: float = 0.0
     _resting_since: float | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _prize: Prize | None = None
@@ -101,6 +103,11 @@ class Race:
             else:
                 self.rested += rest
             self._resting_since = None
+
+    def spent(self) -> float:
+        """Seconds that files have taken since this was asked last: bytes waited for them, not they for bytes."""
+        before, self._spent = self._spent, getattr(self.write, "spent", 0.0)
+        return self._spent - before
 
     def seconds(self, now: float) -> float:
         """For how long it has been under way, without its rests. Another thread may be told a little too much."""

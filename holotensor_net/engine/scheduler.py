@@ -433,9 +433,9 @@ class Scheduler:
                 fragment.weight -= 1
                 self._failed += 1
 
-    def record(self, size: int, piece: Piece | None = None, *, lane: int = 0) -> float:
+    def record(self, size: int, piece: Piece | None = None, *, lane: int = 0, spent: float = 0.0) -> float:
         """Bytes have arrived, of a piece or else from a host; gives the seconds to pause before the next read, so that
-        ``max_bandwidth`` holds."""
+        ``max_bandwidth`` holds. ``spent``: seconds that files have taken of the piece's time, since the last."""
         with self._lock:
             now = self._clock()
             if self._urgent and piece is not None and _is_urgent(piece):
@@ -443,7 +443,7 @@ class Scheduler:
             at = None if piece is None else self._in_flight.get(piece)
             self._total_bytes += size
             self._budget.spend(size, now)
-            if (at or self.lanes[lane]).record(size, None if at is None else piece, now):
+            if (at or self.lanes[lane]).record(size, None if at is None else piece, now, spent):
                 self.rises += 1
                 self._changed.notify_all()
             return self._budget.delay(now)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import time
+from collections.abc import Callable
 
 from ..errors import NetworkError
 from ..storage.memory import MemoryPart
+from ..storage.parts import PartFile
 from ..transport.client import Write
 from ..values import RangeRequest
 from .request_cache import Destination
@@ -17,9 +20,14 @@ _LONG = 64 * 1024
 
 
 class Scatter:
-    """Writes a stream of one object's bytes to the places that want parts of it."""
+    """Writes a stream of one object's bytes to the places that want parts of it. ``spent``: seconds in which files took
+    long parts, or were waited for."""
 
-    def __init__(self, places: list[tuple[RangeRequest, Destination]]) -> None:
+    def __init__(
+        self, places: list[tuple[RangeRequest, Destination]], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.spent = 0.0
+        self._clock = clock
         self._places = sorted(places, key=lambda place: place[0].start)
         self._starts = [wanted.start for wanted, _ in self._places]
 
@@ -29,9 +37,17 @@ class Scatter:
         for wanted, destination in self._places[first:]:
             low, high = max(wanted.start, offset), min(wanted.stop, end)
             if low < high:
-                destination.write(low - wanted.start, data[low - offset : high - offset])
+                self._write(destination, low - wanted.start, data[low - offset : high - offset])
             if wanted.stop >= end:
                 break
+
+    def _write(self, destination: Destination, offset: int, data: memoryview) -> None:
+        if len(data) < _LONG or not isinstance(destination, PartFile):
+            destination.write(offset, data)
+            return
+        began = self._clock()
+        destination.write(offset, data)
+        self.spent += self._clock() - began
 
     def block(self, offset: int, most: int) -> int:
         """How many of the bytes from ``offset`` on, of ``most``, should be written at once: up to the next multiple of

@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 _BLOCK = 256 * 1024
 _GATHERED = 1024 * 1024
-_STRIDE = 4 * 1024 * 1024  # the most bytes that are read at one go
+_STRIDE = 1024 * 1024  # the most bytes that are read at one go
 _DRAIN = 64 * 1024
 _DRAIN_SECONDS = 0.5
 _LOOK = 0.25  # seconds between two looks whether who waits for a connection still wants it

@@ -130,3 +130,28 @@ def test_a_controller_at_rest_is_not_roused() -> None:
     limit = controller.limit
     controller.rouse()
     assert controller.limit == limit
+
+
+def test_where_files_take_most_of_the_time_fewer_connections_bring_as_much() -> None:
+    at = lane()
+    pieces = begun(at, 0.0)
+    assert len(pieces) == 4
+    for step in range(1, 40):
+        for piece in pieces:
+            at.record(100_000, piece, step / 100, spent=0.009)
+    assert at.limit == 1
+    for piece in pieces[1:]:
+        at.end(piece, 0.4)
+    for step in range(40, 80):
+        at.record(100_000, pieces[0], step / 100, spent=0.001)
+    assert at.limit > 1  # they do no more
+
+
+def test_a_silence_in_which_files_are_written_tells_nothing_of_the_path() -> None:
+    at = lane()
+    pieces = begun(at, 0.001)
+    for now in (0.003, 0.005, 0.007):
+        for piece in pieces:
+            at.record(100_000, piece, now, spent=0.0015)
+    assert at.wanted == 4
+    assert at.delay(0.03) is None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from holotensor_net.engine.sinks import Scatter
+from holotensor_net.storage.blobs import BlobStore
 from holotensor_net.storage.memory import MemoryPart
 from holotensor_net.values import RangeRequest
 
@@ -59,3 +62,17 @@ def test_blocks_end_where_pages_do_in_the_place_that_they_belong_to() -> None:
     assert [sink.block(offset, 4096) for offset in (1000, 1001, 1000 + 4095, 1000 + 4096)] == [4096, 4095, 1, 4096]
     assert sink.block(7 * LONG + 5, 4096) == 4091
     assert 0 < sink.block(0, 4096) <= 4096  # what is asked for with it, and belongs nowhere
+
+
+def test_only_what_files_take_is_time_that_was_not_read_in(tmp_path: Path) -> None:
+    with BlobStore(tmp_path).create(2 * LONG) as part:
+        sink = Scatter(
+            [(RangeRequest(0, 2 * LONG), part), (RangeRequest(2 * LONG, 3 * LONG), MemoryPart(LONG))],
+            clock=map(float, range(100)).__next__,
+        )
+        sink(2 * LONG, memoryview(bytes(LONG)))
+        sink(0, memoryview(bytes(10)))
+        assert sink.spent == 0
+        sink(0, memoryview(bytes(LONG)))
+        sink(LONG, memoryview(bytes(2 * LONG)))
+        assert sink.spent == 2
