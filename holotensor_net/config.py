@@ -56,6 +56,13 @@ def _whole(owner: object, *names: str, least: int = 1, none: bool = False) -> No
             _refuse(owner, name, f"a whole number, {least} or more" + (" or None" if none else ""))
 
 
+def _share(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            _refuse(owner, name, "a number from 0 to 1")
+
+
 def _flags(owner: object, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(owner, name), bool):
@@ -232,7 +239,9 @@ class SchedulerConfig:
 class CacheConfig:
     """What the cache needs. ``directory``: None for the platform's cache folder, False for no disk tier. Sizes in
     bytes. ``free_space_reserve``: what is left free of the disk, None for a twentieth of it, 1 GiB at most.
-    ``verify_on_open``: hash each blob again when it is first opened."""
+    ``verify_on_open``: hash each blob again when it is first opened. ``heuristic_freshness``: where a server does not
+    say how long an answer is fresh, so much of the time since it was last modified, a week at most (RFC 9111 §4.2.2
+    suggests 0.1); 0 asks the server each time."""
 
     directory: str | os.PathLike[str] | Literal[False] | None = None
     max_size: int = 10 * GIB
@@ -240,8 +249,10 @@ class CacheConfig:
     offline: bool | None = None
     free_space_reserve: int | None = None
     verify_on_open: bool = False
+    heuristic_freshness: float = 0.0
 
     def __post_init__(self) -> None:
+        _share(self, "heuristic_freshness")
         _whole(self, "max_size")
         _whole(self, "memory_size", least=0)
         _whole(self, "free_space_reserve", least=0, none=True)
@@ -270,7 +281,9 @@ class NetworkConfig:
     ``cache_dir``: None for the platform's cache folder, False for no disk cache; ``free_space_reserve``: bytes of the
     disk that the cache leaves free, None for a twentieth of the disk, 1 GiB at most; ``verify_on_open``: hash what the
     cache has once more in each process, when it is first opened, though its file's time says that nobody has written to
-    it; ``region``: the caller's, whose endpoints go first among those of equal priority; ``hedging``: ask a second time
+    it; ``heuristic_freshness``: where a server does not say how long an answer is fresh, so much of the time since it
+    was last modified, a week at most (RFC 9111 §4.2.2 suggests 0.1), at the risk of old bytes; 0 asks each time;
+    ``region``: the caller's, whose endpoints go first among those of equal priority; ``hedging``: ask a second time
     for what is slow, of the next endpoint (None), of the same one where there is no other (True), or never (False);
     ``min_bandwidth``: below it the loader asks its callers to throttle; ``max_bandwidth`` and
     ``max_requests_per_second``: of all workers and endpoints together, whatever they ask for; ``offline``: None takes
@@ -301,6 +314,7 @@ class NetworkConfig:
     max_requests_per_second: float | None = None
     free_space_reserve: int | None = None
     verify_on_open: bool = False
+    heuristic_freshness: float = 0.0
 
     def __post_init__(self) -> None:
         given: Any = (self.endpoints,) if isinstance(self.endpoints, str | CdnEndpoint) else self.endpoints
@@ -319,6 +333,7 @@ class NetworkConfig:
         _whole(self, "max_concurrent", "chunk_size", "max_cache_size", "memory_budget")
         _whole(self, "free_space_reserve", least=0, none=True)
         _flags(self, "verify_on_open")
+        _share(self, "heuristic_freshness")
         _positive(self, "timeout", "connect_timeout", "min_bandwidth")
         _positive(self, "max_bandwidth", "max_requests_per_second", none=True)
 
@@ -354,6 +369,7 @@ class NetworkConfig:
             offline=self.offline,
             free_space_reserve=self.free_space_reserve,
             verify_on_open=self.verify_on_open,
+            heuristic_freshness=self.heuristic_freshness,
         )
 
     @classmethod

@@ -93,6 +93,7 @@ def test_configurations_are_frozen_and_go_by_keyword(kind: type) -> None:
 
 COUNTS = ["5", 1.5, -1, 0, None, True]
 SECONDS = ["5", -1, 0, float("inf"), float("nan"), None, True]
+SHARES = ["0.1", -0.1, 1.1, float("nan"), True, None]
 SECONDS_OR_NONE = SECONDS[:5]
 
 REFUSED: list[tuple[type, str, list[Any]]] = [
@@ -118,6 +119,7 @@ REFUSED: list[tuple[type, str, list[Any]]] = [
     (CacheConfig, "memory_size", ["5", -1, None]),
     (CacheConfig, "free_space_reserve", ["5", -1, 0.05, True]),
     (CacheConfig, "verify_on_open", ["yes", 1, None]),
+    (CacheConfig, "heuristic_freshness", SHARES),
     (NetworkConfig, "timeout", SECONDS),
     (NetworkConfig, "connect_timeout", SECONDS),
     (NetworkConfig, "max_concurrent", COUNTS),
@@ -127,6 +129,7 @@ REFUSED: list[tuple[type, str, list[Any]]] = [
     (NetworkConfig, "max_cache_size", COUNTS),
     (NetworkConfig, "free_space_reserve", ["5", -1, 0.05, True]),
     (NetworkConfig, "verify_on_open", ["yes", 1, None]),
+    (NetworkConfig, "heuristic_freshness", SHARES),
     (NetworkConfig, "min_bandwidth", SECONDS),
     (NetworkConfig, "max_bandwidth", SECONDS_OR_NONE),
     (NetworkConfig, "max_requests_per_second", SECONDS_OR_NONE),
@@ -336,6 +339,7 @@ def test_each_room_is_given_its_part() -> None:
         max_requests_per_second=9,
         free_space_reserve=10,
         verify_on_open=True,
+        heuristic_freshness=0.5,
     )
     assert config.client == ClientConfig(
         timeout=1,
@@ -355,7 +359,13 @@ def test_each_room_is_given_its_part() -> None:
         max_requests_per_second=9,
     )
     assert config.cache == CacheConfig(
-        directory="folder", max_size=6, memory_size=100, offline=True, free_space_reserve=10, verify_on_open=True
+        directory="folder",
+        max_size=6,
+        memory_size=100,
+        offline=True,
+        free_space_reserve=10,
+        verify_on_open=True,
+        heuristic_freshness=0.5,
     )
 
 

@@ -144,6 +144,7 @@ class RequestCache:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._cache = cache
+        self._heuristic = cache.config.heuristic_freshness
         self._spare = spare
         self._most_in_memory = max(_SHORT, min(_WORTH_RESUMING, spare // _AT_ONCE))
         self._endpoints = endpoints
@@ -255,7 +256,7 @@ class RequestCache:
     def _is_fresh(self, request: LoadRequest, endpoint: int, entry: CacheEntry) -> bool:
         """Whether an answer may be used unasked."""
         freshness = self._freshness(request, endpoint, entry)
-        return freshness is not None and freshness.state(self._clock()) is State.FRESH
+        return freshness is not None and freshness.state(self._clock(), self._heuristic) is State.FRESH
 
     def _freshness(self, request: LoadRequest, endpoint: int, entry: CacheEntry) -> Freshness | None:
         """What its server said of an answer with it, or later with another part; None if it has another version."""

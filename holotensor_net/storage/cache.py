@@ -223,7 +223,7 @@ class FragmentCache:
             return True
         if etag is not None:
             return not is_same_entity(etag, entry.etag)
-        return entry.freshness.state(self._clock()) is not State.FRESH
+        return entry.freshness.state(self._clock(), self.config.heuristic_freshness) is not State.FRESH
 
     def revalidated(
         self,

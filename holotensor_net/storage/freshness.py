@@ -38,6 +38,8 @@ KEPT_HEADERS = frozenset(
 
 _FOREVER = 2**31  # RFC 9111 §1.2.2: what a number of seconds that is too large counts as
 
+_LONGEST_GUESS = 7 * 86400.0
+
 _END_OF_TIME = 253402300799  # the last second of the year 9999, beyond which there are no dates
 _TEXT = frozenset((str,))
 _STORED = ("headers", "request_time", "response_time")
@@ -139,8 +141,9 @@ class CacheControl:
 class Freshness:
     """What the headers of an answer, and the times it was asked for and came, say of its use later on.
 
-    An object of which the server did not say how long it is fresh is asked for again each time, which costs a 304: to
-    guess from its age (RFC 9111 §4.2.2) would now and then give old bytes, of which nobody would know.
+    An object of which the server did not say how long it is fresh is asked for again each time, which costs a 304, but
+    where the caller allows a guess (``heuristic``, RFC 9111 §4.2.2): it now and then gives old bytes, of which nobody
+    would know.
     """
 
     headers: Headers = field(default_factory=dict, hash=False)
@@ -174,16 +177,19 @@ class Freshness:
         date = http_date(self.headers.get("date"), self.response_time)
         return self.response_time if date is None else date
 
-    @property
-    def lifetime(self) -> float:
-        """Seconds for which the answer is fresh, counted from when the origin made it (RFC 9111 §4.2.1)."""
+    def lifetime(self, heuristic: float = 0.0) -> float:
+        """Seconds for which the answer is fresh, counted from when the origin made it (RFC 9111 §4.2.1).
+
+        Where the origin does not say: ``heuristic`` times how long the object had been as it is then, a week at most.
+        """
         max_age = self.control.seconds("max-age")
         if max_age is not None:
             return max_age
         if "expires" in self.headers:
             expires = http_date(self.headers["expires"], self.response_time)
             return 0.0 if expires is None else max(0.0, expires - self._date)
-        return 0.0
+        changed = http_date(self.headers.get("last-modified"), self.response_time) if heuristic else None
+        return 0.0 if changed is None else min(_LONGEST_GUESS, max(0.0, heuristic * (self._date - changed)))
 
     def age(self, now: float) -> float:
         """Seconds since the origin made or last confirmed the answer (RFC 9111 §4.2.3); never below 0."""
@@ -192,18 +198,18 @@ class Freshness:
         apparent = max(0.0, self.response_time - self._date)
         return max(apparent, corrected) + max(0.0, now - self.response_time)
 
-    def state(self, now: float) -> State:
-        """FRESH while the age is below the lifetime. A clock that was set back tells no age: STALE."""
+    def state(self, now: float, heuristic: float = 0.0) -> State:
+        """FRESH while the age is below the :meth:`lifetime`. A clock that was set back tells no age: STALE."""
         if "no-cache" in self.control or now < self.response_time:
             return State.STALE
-        return State.FRESH if self.age(now) < self.lifetime else State.STALE
+        return State.FRESH if self.age(now) < self.lifetime(heuristic) else State.STALE
 
     def may_serve_stale(self, now: float) -> bool:
         """Whether the answer may stand in for one that the server fails to give (stale-if-error, RFC 5861 §4)."""
         window = self.control.seconds("stale-if-error")
         if window is None or self.forbids_stale or now < self.response_time:
             return False
-        return self.age(now) < self.lifetime + window
+        return self.age(now) < self.lifetime() + window
 
     def to_json(self) -> dict[str, Any]:
         """Plain data from which :meth:`from_json` makes this again."""

@@ -88,6 +88,7 @@ class Scene:
     folder: Path
     wire: Wire
     clock: Clock = field(default_factory=Clock)
+    heuristic: float = 0.0
 
     def loader(self, *, offline: bool = False, **endpoint: Any) -> NetworkLoader:
         config = NetworkConfig(
@@ -96,6 +97,7 @@ class Scene:
             retry=RetryConfig(max_retries=0),
             timeout=5.0,
             offline=offline,
+            heuristic_freshness=self.heuristic,
         )
         return NetworkLoader(config, clock=self.clock)
 
@@ -289,6 +291,19 @@ def test_what_an_answer_says_of_the_next_request(folder: Path, lines: Headers, e
         assert bytes(scene.ask().data) == b"answer 1 of the origin"
         scene.clock.now += PAUSE
         assert outcome(scene, origin) == expected
+
+
+def test_where_nothing_is_said_of_how_long_a_guess_is_made_if_that_is_allowed(folder: Path) -> None:
+    origin = Origin([("Last-Modified", -1000), ("Date", 0)])
+    with Wire(always=origin) as wire:
+        scene = Scene(folder, wire, heuristic=0.1)
+        scene.ask()
+        scene.clock.now += 99
+        assert scene.ask().from_cache
+        assert len(origin.asked) == 1
+        scene.clock.now += 2
+        scene.ask()
+        assert [has_condition(request) for request in origin.asked] == [False, True]
 
 
 @pytest.mark.parametrize("later", ["no-store", "no-store, max-age=0"])

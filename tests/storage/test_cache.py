@@ -128,7 +128,7 @@ class TestEntry:
         assert CacheEntry("a", 3, cached_at=5.0).freshness.response_time == 5.0
         entry = CacheEntry("a", 3, cached_at=5.0, requested_at=1.0, received_at=2.0, headers=FRESH)
         assert (entry.freshness.request_time, entry.freshness.response_time) == (1.0, 2.0)
-        assert entry.freshness.lifetime == 60
+        assert entry.freshness.lifetime() == 60
 
     def test_keeps_no_header_that_could_be_a_secret(self) -> None:
         assert CacheEntry("a", 3, headers={"Set-Cookie": "s", "Age": "1"}).headers == {"age": "1"}

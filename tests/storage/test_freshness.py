@@ -172,7 +172,27 @@ class TestLifetime:
         ],
     )
     def test_is_what_the_server_said_and_else_none(self, freshness: Freshness, lifetime: float) -> None:
-        assert freshness.lifetime == lifetime
+        assert freshness.lifetime() == lifetime
+
+    @pytest.mark.parametrize(
+        ("freshness", "lifetime"),
+        [
+            (answer(last_modified=date(NOW - 1000), date=date(NOW)), 100),
+            (answer(last_modified=date(NOW - 1000)), 100),
+            (answer(last_modified=date(NOW - 10**9)), 7 * 86400),
+            (answer(last_modified=date(NOW + 1000)), 0),
+            (answer(last_modified="garbage"), 0),
+            (answer(), 0),
+            (answer("max-age=60", last_modified=date(NOW - 1000)), 60),
+            (answer(expires=date(NOW + 5), last_modified=date(NOW - 1000)), 5),
+            (answer(expires="0", last_modified=date(NOW - 1000)), 0),
+        ],
+    )
+    def test_is_guessed_only_where_that_is_allowed_and_nothing_is_said(
+        self, freshness: Freshness, lifetime: float
+    ) -> None:
+        assert freshness.lifetime(0.1) == pytest.approx(lifetime)
+        assert freshness.state(NOW, 0.1) is (State.FRESH if lifetime else State.STALE)
 
 
 class TestAge:
