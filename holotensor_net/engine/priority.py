@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 from ..errors import ConfigurationError, without_query
 from ..values import LoadRequest, Priority
+from ..waits import Latch
 
 __all__ = ["DEADLINE_STEPS", "PrioritizedFragment", "PriorityQueue"]
 
@@ -104,7 +104,7 @@ class PriorityQueue:
     # them, and most fragments share their score with others.
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, arrivals: Iterator[int] | None = None) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = Latch()
         self._arrivals = itertools.count() if arrivals is None else arrivals
         self._queued = _Index()
         self._ranks = _Ranks()
