@@ -199,9 +199,9 @@ class LoadRequest(_Discreet):
             and validator is None
         )
         if not is_plain:
-            self._check()
+            self.__post_init__()
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:  # under this name, classes that are derived from it look too
         if not isinstance(self.fragment_id, str) or not self.fragment_id:
             self._refuse("fragment_id", "a string that is not empty")
         if not isinstance(self.path, str) or not self.path:

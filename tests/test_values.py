@@ -167,6 +167,16 @@ def test_values_are_frozen_and_equal_to_their_copies(value: Any) -> None:
             setattr(value, field.name, None)
 
 
+def test_a_request_of_a_derived_class_is_looked_at_too() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Labelled(LoadRequest):
+        label: str = ""
+
+    assert Labelled("a", "b", byte_range=(0, 5)).byte_range == RangeRequest(0, 5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="importance"):
+        Labelled("a", "b", importance=7)
+
+
 def test_requests_can_be_keys() -> None:
     assert {LoadRequest("id", "path"): 1}[LoadRequest("id", "path")] == 1
 
