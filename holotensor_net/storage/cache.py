@@ -446,7 +446,7 @@ class _MemoryTier:
         if known is not None:
             return held, known
         size = memoryview(held.view.obj).nbytes
-        if size > self._buffers.maxsize * _LARGEST_BUFFER and size > held.view.nbytes:
+        if size > self._buffers.maxsize * _LARGEST_BUFFER and held.view.nbytes < min(size, self._buffers.maxsize + 1):
             held = Held(held.entry, memoryview(bytes(held.view)))
             size = held.view.nbytes
             known = self._buffers.get(id(held.view.obj))  # there is but one object without bytes

@@ -11,7 +11,7 @@ from ..values import RangeRequest
 __all__ = ["Span", "Spans"]
 
 _FEW = 64
-"""Ranges of an object that are not looked through for such as are gone."""
+"""Ranges that are not looked through for such as are gone."""
 
 
 class Span(NamedTuple):
@@ -32,7 +32,12 @@ class Spans:
     def __init__(self, is_there: Callable[[str], bool]) -> None:
         self._is_there = is_there
         self._rows: dict[str, list[Span]] = {}
-        self._enough: dict[str, int] = {}
+        self._length = 0
+        self._enough = _FEW
+
+    def __len__(self) -> int:
+        """How many ranges are known, those that are gone included."""
+        return self._length
 
     def covering(self, name: str, wanted: RangeRequest) -> Span | None:
         """The range of an object that holds all of another one."""
@@ -48,21 +53,25 @@ class Spans:
         return None
 
     def has_any(self, name: str, start: int, stop: int) -> bool:
-        """Whether any byte from ``start`` up to ``stop`` may be at hand."""
+        """Whether any byte from ``start`` up to ``stop`` is at hand."""
         row = self._rows.get(name)
         if row is None:
             return False
         first, end = self._touched(row, start, stop)
-        return first < end
+        there = first
+        while there < end and not self._is_there(row[there].key):
+            there += 1
+        self._cut(name, row, first, there)
+        return there < end
 
     def add(self, name: str, span: Span) -> None:
         """A range of an object is at hand now, in place of those that it overlaps."""
         row = self._rows.setdefault(name, [])
         first, end = self._touched(row, span.start, span.stop)
         row[first:end] = [span]
-        if len(row) > self._enough.get(name, _FEW):
-            row[:] = [each for each in row if self._is_there(each.key)]
-            self._enough[name] = max(_FEW, 2 * len(row))
+        self._length += 1 - (end - first)
+        if self._length > self._enough:
+            self._sweep()
 
     @staticmethod
     def _touched(row: list[Span], start: int, stop: int) -> tuple[int, int]:
@@ -74,6 +83,13 @@ class Spans:
 
     def _cut(self, name: str, row: list[Span], first: int, end: int) -> None:
         del row[first:end]
+        self._length -= end - first
         if not row:
             del self._rows[name]
-            self._enough.pop(name, None)
+
+    def _sweep(self) -> None:
+        """Forget whatever is gone, once that may be half of it: O(1) amortised."""
+        there = {name: [each for each in row if self._is_there(each.key)] for name, row in self._rows.items()}
+        self._rows = {name: row for name, row in there.items() if row}
+        self._length = sum(map(len, self._rows.values()))
+        self._enough = max(_FEW, 2 * self._length)

@@ -25,7 +25,7 @@ def test_what_is_found_holds_all_of_what_was_wanted(added, wanted, gone) -> None
         assert ([] if found is None else [found]) == expected
         assert there.covering("other", RangeRequest(start, stop)) is None
         touched = any(one.start < stop and start < one.stop and int(one.key) not in gone for one in left)
-        assert there.has_any("object", start, stop) or not touched
+        assert there.has_any("object", start, stop) == touched
 
 
 def test_what_is_gone_is_forgotten() -> None:
@@ -34,7 +34,7 @@ def test_what_is_gone_is_forgotten() -> None:
     for number in range(1000):
         spans.add("object", Span(number, number + 1, f"{number}"))
         gone.add(f"{number}")
-    assert len(spans._rows["object"]) < 100
+    assert len(spans) == len(spans._rows["object"]) < 100
     assert spans.covering("object", RangeRequest(999, 1000)) is None
     gone.clear()
     spans.add("one", Span(0, 5, "one"))
@@ -42,3 +42,13 @@ def test_what_is_gone_is_forgotten() -> None:
     assert spans.covering("one", RangeRequest(0, 1)) is None
     assert not spans.has_any("one", 0, 5)
     assert "one" not in spans._rows
+
+
+def test_objects_of_which_nothing_is_left_are_forgotten() -> None:
+    gone: set[str] = set()
+    spans = Spans(lambda key: key not in gone)
+    for number in range(1000):
+        spans.add(f"{number}", Span(0, 1, f"{number}"))
+        gone.add(f"{number - 10}")
+    assert len(spans) == len(spans._rows) < 100
+    assert spans.covering("999", RangeRequest(0, 1)) == Span(0, 1, "999")
