@@ -90,6 +90,7 @@ class Books:
         urgent as the run was, and what is then to be called, if anything is."""
         waiters, loads = run.waiters, []
         _, ending = self.close(run)
+        run.unwatch()
         for waiter in waiters:
             waiter.part_from()
             identity = identity_of(waiter.request)

@@ -28,7 +28,7 @@ from .courier import Courier
 from .loads import Attempt, Load, Share, Waiter, Whole
 from .priority import PrioritizedFragment
 from .races import Trip
-from .recovery import Again, Recovery, summary
+from .recovery import Again, Recovery, is_overtaxed, summary
 from .request_cache import Found, Proven, RequestCache, Resumed
 from .rounds import Round
 from .runs import Member, Run
@@ -123,6 +123,7 @@ class Fetcher:
             clock=clock,
         )
         scheduler.dropped = lambda fragment: _dropped(known, fragment)
+        scheduler.moves = lambda fragment_id, level: _moved(known, fragment_id, level)
 
     # -- what the loader asks for
 
@@ -285,10 +286,9 @@ class Fetcher:
         self._alarms.close(wait=not is_own)
         if not is_own:
             self._courier.end_all()
-        with self._lock:
-            left = self._books.all()
-        for load in left:
-            self._resolve(load, Cancelled("the loader was closed"))
+        while left := self._books.all():  # a run may fall apart meanwhile
+            for load in left:
+                self._resolve(load, Cancelled("the loader was closed"))
 
     # -- loads
 
@@ -461,7 +461,8 @@ class Fetcher:
         outcome: Answer | NetworkError = Cancelled("nobody waits for it any more")
         try:
             if trip is not None:
-                endpoint, outcome = self._courier.transfer(piece, shares, trip.endpoint, trip)
+                endpoint = trip.endpoint  # who is to blame, should it fail
+                endpoint, outcome = self._courier.transfer(piece, shares, endpoint, trip)
             elif shares:
                 endpoint = self._courier.choose(shares)
                 if not self._courier.is_accepted(piece, endpoint):
@@ -822,8 +823,8 @@ class Fetcher:
         with self._lock:
             if load.done or share.attempt.abandoned:
                 return  # another piece of it has failed before, and has been seen to
-            if isinstance(load, Run) and not isinstance(error, Cancelled):  # another of it is to blame, perhaps
-                self._dissolve(load, alone=True)
+            if isinstance(load, Run) and not (is_passing or isinstance(error, Cancelled)):
+                self._dissolve(load, alone=not is_overtaxed(error))  # where one is to blame, the others are right
                 return
             # A passing one: the endpoint comes back; or another of joined ranges is to blame, so each is asked alone.
             again = self._recovery.again(load, error, endpoint, is_passing=is_passing, now=self._clock())
@@ -861,6 +862,12 @@ def _dropped(known: weakref.ref[Fetcher], fragment: PrioritizedFragment) -> None
     fetcher = known()
     if fetcher is not None and isinstance(fragment, Load):
         fetcher._resolve(fragment, Cancelled("the queue was cleared"))
+
+
+def _moved(known: weakref.ref[Fetcher], fragment_id: str, level: Priority) -> bool:
+    """Move what somebody waits for by this name, which need not be its load's."""
+    fetcher = known()
+    return fetcher is not None and fetcher.update_priority(fragment_id, level)
 
 
 def _grow(known: weakref.ref[Fetcher]) -> None:

@@ -25,7 +25,7 @@ from ..errors import (
 )
 from .loads import Load
 
-__all__ = ["Again", "Gone", "Moved", "Recovery", "is_failing", "is_refusal", "silence_of", "summary"]
+__all__ = ["Again", "Gone", "Moved", "Recovery", "is_failing", "is_overtaxed", "is_refusal", "silence_of", "summary"]
 
 
 class Again(enum.Enum):
@@ -127,6 +127,11 @@ def is_failing(error: NetworkError) -> bool:
     """Whether the error says that a server does not do its work, rather than what it has."""
     last = _last(error)
     return isinstance(last, ConnectionFailed | Timeout) or (isinstance(last, HttpError) and last.status >= 500)
+
+
+def is_overtaxed(error: NetworkError) -> bool:
+    """Whether the error says nothing of what was asked for: the server does not do its work, or wants less of it."""
+    return is_failing(error) or isinstance(_last(error), RateLimited)
 
 
 def is_refusal(error: NetworkError) -> bool:

@@ -214,6 +214,8 @@ class RequestCache:
                 entry = self._cache.find(key, unseen=unseen)
                 if entry is None or not _fits(request, entry, entry.size if part is None else part.length):
                     continue
+                if part is not None and part.stop > entry.size:  # the object has become shorter since
+                    continue
                 varies_on = entry.freshness.varies_on if "vary" in entry.headers else ()
                 if request.checksum is None and entry.variant != self._variant(index, varies_on):
                     continue

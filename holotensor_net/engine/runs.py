@@ -124,6 +124,11 @@ class Run(Load):
             with contextlib.suppress(InvalidStateError):  # it was cancelled
                 member.set_result(self.result_of(member.request, outcome))
 
+    def unwatch(self) -> None:
+        """Its members leave it: each is told by whom it waits for then."""
+        with self.lock:
+            self.watched.clear()
+
     def let_go(self) -> list[Waiter]:
         """It ends: forget who waits; gives those who are no members."""
         others = [one for one in self.waiters if not isinstance(one, Member)] if self.has_others else []
@@ -175,7 +180,7 @@ def _gate_of(member: Member) -> Any:
     """The lock of a member, which everyone takes who may have to be told: from now on it is watched."""
     run = member.run
     with run.lock:
-        if run.outcome is None and "_condition" not in member.__dict__:
+        if run.outcome is None and not {"_condition", "load"} & member.__dict__.keys():
             run.watched.append(member)
         return member.__dict__.setdefault("_condition", Gate())
 

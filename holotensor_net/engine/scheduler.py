@@ -119,7 +119,8 @@ class Scheduler:
 
     Thread-safe. The first piece of a fragment goes alone until an answer has told which version the object has,
     unless the request pins one or knows its digest: pieces of two versions never meet. ``dropped`` is told of each
-    fragment that ``clear`` forgets. Each endpoint of a NetworkConfig has a lane of its own, which a fragment is in by
+    fragment that ``clear`` forgets; ``moves`` moves those that go by names of which nothing is known here, and tells
+    whether there is one. Each endpoint of a NetworkConfig has a lane of its own, which a fragment is in by
     the number of its ``lane``. Its one lock, which three Conditions share, guards everything but the queues, which have
     one each.
     """
@@ -137,6 +138,7 @@ class Scheduler:
         self.config = replace(own, max_concurrent=min(own.max_concurrent, sum([ceiling for ceiling, _ in hosts])))
         self._clock = clock
         self.dropped: Callable[[PrioritizedFragment], object] = lambda fragment: None
+        self.moves: Callable[[str, Priority], bool] = lambda fragment_id, level: False
         self._lock = lock = Latch()  # not one of its Conditions: an interrupt may leave those locked
         self._changed = lock.condition()  # for whoever waits for a piece
         self._room = lock.condition()  # for whoever waits for the queue to grow shorter
@@ -603,13 +605,13 @@ class Scheduler:
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
         """Move all fragments of this id that are not done to another level; False if there is none."""
         level = _level(priority)
+        moved = self.moves(fragment_id, level)
         with self._lock:
-            moved = False
             for lane in self.lanes:
                 moved |= lane.queue.update_priority(fragment_id, level)
             self._is_urgent_queued |= moved and level == Priority.CRITICAL
             for fragment in self._parked:
-                if fragment.fragment_id == fragment_id:
+                if fragment.fragment_id == fragment_id and fragment.weight == 1:
                     fragment.priority = level
                     moved = True
             self._count_urgent()
@@ -621,10 +623,11 @@ class Scheduler:
         level = _level(priority)
         with self._lock:
             if fragment.priority != level:
+                place = fragment.place
                 is_queued = self._queue_of(fragment).discard(fragment)
                 fragment.priority = level
                 if is_queued:
-                    self._queue_of(fragment).push(fragment)
+                    self._queue_of(fragment).push(fragment, place=place)
                     self._is_urgent_queued |= level == Priority.CRITICAL
                 self._count_urgent()
                 self._changed.notify_all()

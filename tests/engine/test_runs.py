@@ -6,6 +6,7 @@ import gc
 import itertools
 import random
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, as_completed, wait
@@ -15,11 +16,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wire import HOLD, Request, Wire, answer, part
+from wire import HOLD, RESET, Request, Wire, answer, part
 
 from holotensor_net.config import CdnEndpoint, NetworkConfig, RetryConfig
 from holotensor_net.engine.loader import NetworkLoader
-from holotensor_net.engine.runs import runs_in
+from holotensor_net.engine.runs import Member, runs_in
 from holotensor_net.errors import Cancelled, DeadlineExceeded, HttpError
 from holotensor_net.values import LoadRequest, LoadResult, Priority, Validator
 
@@ -278,6 +279,32 @@ def test_one_that_is_wanted_first_comes_first(make: Make, held: Held) -> None:
     assert f"{20 * SIZE}-{21 * SIZE - 1}" in spans(held.server)[1:3]
 
 
+def test_the_scheduler_moves_one_of_a_run_too(make: Make, held: Held) -> None:
+    loader = make(held.server.url)
+    held.blocked(loader)
+    futures = loader.enqueue_many(fragments(priority=Priority.LOW))
+    assert loader.scheduler.update_priority("20", Priority.HIGH)
+    assert loader.scheduler.update_priority("0", Priority.IDLE)
+    assert not loader.scheduler.update_priority("no such", Priority.HIGH)
+    held.go.set()
+    assert [got(future) for future in futures] == [bytes_of(n) for n in range(MANY)]
+    assert spans(held.server)[2] == f"{20 * SIZE}-{21 * SIZE - 1}"
+    assert spans(held.server)[-1] == f"0-{SIZE - 1}"
+    assert not loader.scheduler.update_priority("20", Priority.HIGH)
+
+
+def test_no_one_of_a_run_on_its_way_holds_up_the_others(make: Make, held: Held) -> None:
+    loader = make(held.server.url)
+    futures = loader.enqueue_many(fragments())
+    held.server.await_requests(1)
+    [run] = loader._fetcher._books.all()
+    assert loader.scheduler.update_priority("5", Priority.HIGH)
+    assert loader.scheduler.update_priority("0", Priority.IDLE)  # the name of the first is that of all of it
+    assert run.priority == Priority.HIGH
+    held.go.set()
+    assert got(futures[5]) == bytes_of(5)
+
+
 def test_a_more_urgent_request_for_the_same_does_not_wait_for_the_run(make: Make, held: Held) -> None:
     loader = make(held.server.url)
     held.blocked(loader)
@@ -359,6 +386,63 @@ def test_a_failed_run_is_asked_for_in_parts(make: Make) -> None:
         assert len(server.requests) == 1 + MANY
 
 
+@pytest.mark.parametrize("count", [1, MANY])
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_run_that_was_one_connection_too_many_stays_together(
+    make: Make, monkeypatch: pytest.MonkeyPatch, status: int, count: int
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def first(request: Request) -> Iterator[bytes | threading.Event]:
+        whole = ranged(request)
+        yield whole[:-1]
+        begun.set()
+        yield go
+        yield whole[-1:]
+
+    with Wire(first, answer(status=status), always=ranged) as server:
+        loader = make(server.url)
+        courier = loader._fetcher._courier
+        failed = courier.failed
+
+        def then_go(*told: Any) -> bool:
+            is_passing = failed(*told)
+            go.set()
+            return is_passing
+
+        monkeypatch.setattr(courier, "failed", then_go)
+        other = loader.enqueue(LoadRequest("other", "other", byte_range=(0, SIZE)))
+        assert begun.wait(NEVER)
+        while not any(getattr(race, "headed", None) for race in list(courier._races)):
+            time.sleep(0.001)
+        futures = loader.enqueue_many(fragments(count))
+        assert [got(future) for future in futures] == [bytes_of(n) for n in range(count)]
+        assert got(other) == bytes_of(0)
+        assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("failure", [[RESET], answer(status=503), answer(status=429, retry_after=0)])
+def test_what_says_nothing_of_a_run_leaves_it_joined(make: Make, failure: Any) -> None:
+    with Wire(failure, always=ranged) as server:
+        futures = make(server.url).enqueue_many(fragments())
+        assert [got(future) for future in futures] == [bytes_of(n) for n in range(MANY)]
+        assert len(server.requests) < 5
+
+
+def test_one_on_whom_the_server_breaks_down_leaves_the_others_right(make: Make) -> None:
+    def fragile(request: Request) -> Any:
+        start, stop = map(int, request.headers["range"].removeprefix("bytes=").split("-"))
+        return [RESET] if start <= 7 * SIZE <= stop else ranged(request)
+
+    with Wire(always=fragile) as server:
+        loader = make(server.url)
+        futures = loader.enqueue_many(fragments())
+        results = [future.result(NEVER) for future in futures]
+        assert [n for n in range(MANY) if not results[n].is_success] == [7]
+        assert [bytes(results[n].data) for n in range(MANY) if n != 7] == [bytes_of(n) for n in range(MANY) if n != 7]
+        assert (loader.stats().completed, loader.stats().failed) == (MANY - 1, 1)
+
+
 def test_closing_ends_a_run(make: Make, held: Held) -> None:
     loader = make(held.server.url)
     futures = loader.enqueue_many(fragments())
@@ -392,6 +476,27 @@ def test_nothing_is_kept_of_a_run_that_nobody_holds(make: Make) -> None:
         assert not loader._fetcher._books._by_name
 
 
+def test_a_run_that_fell_apart_goes_with_its_last_future(make: Make, held: Held) -> None:
+    loader = make(held.server.url)
+    held.blocked(loader)
+    gc.collect()
+    gc.disable()
+    try:
+        futures = loader.enqueue_many(fragments())
+        futures[3].add_done_callback(lambda _: None)
+        assert futures[7].cancel()
+        futures[4].add_done_callback(lambda _: None)
+        held.go.set()
+        assert got(futures[3]) + got(futures[4]) == bytes_of(3) + bytes_of(4)
+        wait([future for future in futures if not future.cancelled()], NEVER)
+        loader.close()  # its threads hold what they had last
+        known = weakref.ref(futures[3].run)
+        del futures
+        assert known() is None
+    finally:
+        gc.enable()
+
+
 # --- what is kept
 
 
@@ -421,6 +526,30 @@ def test_what_is_stale_is_confirmed_in_part(make: Make) -> None:
         assert (bytes(result.data), result.from_cache) == (bytes_of(7), True)
         assert loader.load(fragment(8)).data == bytes_of(8)
         assert len(server.requests) == 2
+
+
+def test_no_part_is_taken_of_what_has_become_shorter(make: Make) -> None:
+    with Wire(
+        lambda request: ranged(request, age=0), always=lambda r: ranged(r, DATA[: 8 * SIZE], '"short"')
+    ) as server:
+        loader = make(server.url)
+        assert loader.load(LoadRequest("long", "file", byte_range=(0, 10 * SIZE))).data == DATA[: 10 * SIZE]
+        rest = LoadRequest("short", "file", byte_range=(0, 10 * SIZE), allow_short=True)
+        assert loader.load(rest).data == DATA[: 8 * SIZE]
+        beyond = LoadRequest("beyond", "file", byte_range=(7 * SIZE, 9 * SIZE))
+        assert not loader.is_cached(beyond)
+        assert not loader.load(beyond).is_success
+        assert loader.load(fragment(7)).data == bytes_of(7)
+
+
+def test_what_has_been_evicted_comes_as_a_run_again(make: Make) -> None:
+    with Wire(always=ranged) as server:
+        loader = make(server.url)
+        for _ in range(2):
+            futures = loader.enqueue_many(fragments())
+            assert {type(future) for future in futures} == {Member}
+            assert [got(future) for future in futures] == [bytes_of(n) for n in range(MANY)]
+            loader.cache.clear()
 
 
 def test_versions_are_never_mixed(make: Make) -> None:
