@@ -120,11 +120,16 @@ def in_turns(
     behind, and would take most of the time.
     """
     first = {name: side.work(job, **details) for name, side in there.items()}
-    least = min(effort.seconds for effort in first.values())
-    slow = {name for name, effort in first.items() if name != OURS and effort.seconds > patience * least}
+    slow = far_behind({name: effort.seconds for name, effort in first.items()}, patience)
     efforts: dict[str, list[Effort]] = {name: [first[name]] if name in slow else [] for name in there}
     for _ in range(rounds):
         for name, side in there.items():
             if name not in slow:
                 efforts[name].append(side.work(job, **details))
     return efforts
+
+
+def far_behind(seconds: dict[str, float], patience: float = 5.0) -> set[str]:
+    """The peers that took more than ``patience`` times as long as the quickest side did."""
+    least = min(seconds.values())
+    return {name for name, each in seconds.items() if not name.startswith(OURS) and each > patience * least}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from ._harness import FIRST, OURS, Bar, Case
 from ._origin import MIB, Served, folder, served, write_object
-from ._sides import Effort, Side, sides
+from ._sides import Effort, Side, far_behind, sides
 
 PEERS = ("obstore", "fsspec", "curl", "requests")
 CAP = 20_000_000
@@ -36,9 +36,10 @@ def measured(
     efforts: dict[str, list[Effort]] = {name: [] for name in every}
     asked: dict[str, Counter[int]] = {name: Counter() for name in every}
     failed: dict[str, str] = {}
+    slow: set[str] = set()
     for turn in range(rounds + 1):
         for name, side in every.items():
-            if name in failed:
+            if name in failed or name in slow:
                 continue
             origin.asked()
             try:
@@ -46,9 +47,13 @@ def measured(
             except RuntimeError as error:  # a peer that cannot cope with refusals
                 failed[name] = str(error)[:60]
                 continue
-            if turn:
-                efforts[name].append(effort)
-                asked[name] += origin.asked()
+            efforts[name].append(effort)
+            asked[name] += origin.asked()
+        if not turn:  # what is not far behind is measured again, and that does not count
+            slow = far_behind({name: each[0].seconds for name, each in efforts.items() if each})
+            for name in every.keys() - slow:
+                efforts[name].clear()
+                asked[name].clear()
     samples = {name: [effort.seconds for effort in each] for name, each in efforts.items() if each}
     notes = {name: f"{share(asked[name]):.1%} of {asked[name].total()} requests refused" for name in samples}
     notes[OURS] += "".join(f"; {name} failed: {why}" for name, why in failed.items())
