@@ -41,6 +41,9 @@ _log = logging.getLogger("holotensor_net.cache")
 _LARGEST_BUFFER = 0.125
 """Share of the memory tier: of a buffer that would take more, parts are copied."""
 
+_MOST_COPIED = 0.5
+"""Share of a buffer: what is more of it is not worth a copy. Buffers are of whole pages, and most fragments are not."""
+
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
@@ -441,12 +444,13 @@ class _MemoryTier:
 
     def _placed(self, held: Held) -> tuple[Held, _Buffer | None]:
         """Bytes in the buffer that is counted for them, None where it is too large. Of one that would take much of all
-        the room a part is copied rather than that it keeps the whole."""
+        the room, or more, a part is copied rather than that it keeps the whole, unless it is most of it."""
         known = self._buffers.get(id(held.view.obj))
         if known is not None:
             return held, known
-        size = memoryview(held.view.obj).nbytes
-        if size > self._buffers.maxsize * _LARGEST_BUFFER and held.view.nbytes < min(size, self._buffers.maxsize + 1):
+        size, room = memoryview(held.view.obj).nbytes, self._buffers.maxsize
+        most = size - 1 if size > room else _MOST_COPIED * size
+        if size > room * _LARGEST_BUFFER and held.view.nbytes <= min(most, room):
             held = Held(held.entry, memoryview(bytes(held.view)))
             size = held.view.nbytes
             known = self._buffers.get(id(held.view.obj))  # there is but one object without bytes

@@ -396,6 +396,16 @@ class TestMemoryTier:
         assert held.view.obj is not buffer
         assert whole.view.obj is buffer
 
+    @pytest.mark.parametrize(("size", "length", "is_copied"), [(900, 899, False), (900, 450, True), (1100, 999, True)])
+    def test_what_is_most_of_a_buffer_that_fits_is_not_copied(self, size: int, length: int, is_copied: bool) -> None:
+        tier = room._MemoryTier(1000)
+        buffer = bytearray(size)
+        tier.put("a", Held(CacheEntry("a", length), memoryview(buffer)[:length]))
+        held = tier.get("a")
+        assert held is not None
+        assert (held.view.obj is not buffer) == is_copied
+        assert tier.size == (length if is_copied else size)
+
     def test_late_news_of_other_bytes_is_not_attached_to_these(self) -> None:
         tier = room._MemoryTier(100)
         tier.put("a", Held(CacheEntry("a", 3, digest="new"), memoryview(b"new")))
