@@ -544,28 +544,36 @@ class Fetcher:
 
     def _depart(self, under_way: Round, pieces: list[Piece]) -> None:
         """Begin with pieces: those that are brief go on the way, each other is given a worker."""
+        left: dict[Piece, list[Share]] = {piece: [] for piece in pieces}  # that are nobody's yet
         try:
-            self._begin_trips(under_way, pieces)
+            self._begin_trips(under_way, left)
         except Exception as error:
-            self._fail([part.fragment for piece in pieces for part in piece.parts], error)
+            for piece, shares in left.items():
+                self._fail([part.fragment for part in piece.parts], error)
+                self._leave(shares)
+                self._scheduler.release(piece)
         self._carried = max(0, len(under_way) - 1)
 
-    def _begin_trips(self, under_way: Round, pieces: list[Piece]) -> None:
-        going: list[tuple[Piece, list[Share]]] = []
-        for piece in pieces:
+    def _begin_trips(self, under_way: Round, left: dict[Piece, list[Share]]) -> None:
+        for piece in list(left):
             if not _goes_along(piece):
+                del left[piece]
                 self._apart(partial(self._run, piece))
-            elif not (self._is_held_back(piece) or self._resumes(piece)):
-                if shares := self._begin(piece):
-                    going.append((piece, shares))
-                else:
-                    self._scheduler.release(piece)
-        if going:
-            for trip, (piece, shares) in zip(self._courier.depart(going), going, strict=True):
-                if trip is None:
-                    self._apart(partial(self._bring, piece, shares))
-                else:
-                    under_way.add(trip)
+            elif self._is_held_back(piece) or self._resumes(piece):
+                del left[piece]
+            elif shares := self._begin(piece):
+                left[piece] = shares
+            else:
+                self._scheduler.release(piece)
+                del left[piece]
+        going = list(left.items())
+        for trip, (piece, shares) in zip(self._courier.depart(going) if going else (), going, strict=True):
+            if trip is None:
+                del left[piece]
+                self._apart(partial(self._bring, piece, shares))
+            else:
+                under_way.add(trip)
+                del left[piece]
 
     def _read(self, under_way: Round, ready: list[Trip]) -> list[tuple[Trip, Answer]]:
         """What has come by now, once nothing more urgent does."""

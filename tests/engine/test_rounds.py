@@ -212,3 +212,27 @@ def test_no_more_connections_than_an_endpoint_may_have(loader: Callable[..., Net
         with NetworkLoader(config) as it:
             assert all(future.result(10).is_success for future in it.enqueue_many(requests()))
         assert wire.connections <= 2
+
+
+def test_a_defect_at_the_beginning_is_told_and_gives_the_connections_back(
+    loader: Callable[..., NetworkLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Wire(always=good) as wire:
+        it = loader(wire, max_concurrent=8)
+        courier = it._fetcher._courier
+        whole, struck = courier.depart, []
+
+        def depart(going: Any) -> Any:
+            if not struck:
+                struck.append(len(going))
+                raise RuntimeError("a defect")
+            return whole(going)
+
+        monkeypatch.setattr(courier, "depart", depart)
+        results = [future.result(10) for future in it.enqueue_many(requests())]
+        failed = [result for result in results if not result.is_success]
+        assert len(failed) == struck[0]
+        assert all("a defect" in str(result.error) for result in failed)
+        assert it.load(LoadRequest("again", "file", byte_range=(0, LENGTH - 1))).is_success
+        it.close()
+        assert it.stats().connections == 0
