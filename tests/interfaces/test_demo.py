@@ -260,7 +260,7 @@ def processes_in(folder: Path) -> list[bytes]:
     return [line for line in found if bytes(folder) in line]
 
 
-@pytest.mark.parametrize("moment", ["plain", "cache/partial"])
+@pytest.mark.parametrize("moment", ["plain", "cache/entries"])
 def test_an_interrupted_demo_ends_at_once_and_leaves_nothing(tmp_path: Path, moment: str) -> None:
     with process(sys.executable, "-c", SLOW, env={**os.environ, "TMPDIR": str(tmp_path)}) as child:
         eventually(lambda: list(tmp_path.glob(f"holotensor-demo-*/{moment}/*")), "the transfer begins")
