@@ -524,7 +524,10 @@ class Fetcher:
                 now = self._clock()
                 ready = under_way.wait(0.0) if came else []
                 if came and not (ready and len(came) < _DELIVERED_TOGETHER and now < since + _SOON):
-                    self._take_in(came)
+                    if _calls_back(came):
+                        self._apart(partial(self._take_in, came))
+                    else:
+                        self._take_in(came)
                     came = []
                 if not ready and (eldest := under_way.eldest()) is not None:
                     left = eldest + slow - now
@@ -863,6 +866,12 @@ def _is_brief(fragment: PrioritizedFragment) -> bool:
 def _goes_along(piece: Piece) -> bool:
     """Whether a piece is a brief fragment, and no more."""
     return len(piece.parts) == 1 and piece.byte_range.length <= BRIEF and _is_brief(piece.fragment)
+
+
+def _calls_back(came: list[tuple[Trip, Answer]]) -> bool:
+    """Whether somebody is to be called, who may wait for what comes on this very round."""
+    waiters = [waiter for trip, _ in came for share in trip.shares for waiter in tuple(share.load.waiters)]
+    return any(waiter._done_callbacks for waiter in waiters)
 
 
 def _dropped(known: weakref.ref[Fetcher], fragment: PrioritizedFragment) -> None:

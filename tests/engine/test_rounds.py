@@ -236,3 +236,21 @@ def test_a_defect_at_the_beginning_is_told_and_gives_the_connections_back(
         assert it.load(LoadRequest("again", "file", byte_range=(0, LENGTH - 1))).is_success
         it.close()
         assert it.stats().connections == 0
+
+
+def test_who_is_called_back_may_wait_for_another(loader: Callable[..., NetworkLoader]) -> None:
+    with Wire(always=good) as wire:
+        it = loader(wire)
+        told: list[bool] = []
+        over = threading.Event()
+
+        def ask(_: object) -> None:
+            if not told:
+                told.append(False)
+                told[0] = it.enqueue(LoadRequest("another", "file", byte_range=(0, LENGTH - 1))).result(5).is_success
+                over.set()
+
+        for request in requests():
+            it.enqueue(request).add_done_callback(ask)
+        assert over.wait(10)
+        assert told == [True]
