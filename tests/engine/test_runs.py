@@ -289,7 +289,7 @@ def test_the_scheduler_moves_one_of_a_run_too(make: Make, held: Held) -> None:
     held.go.set()
     assert [got(future) for future in futures] == [bytes_of(n) for n in range(MANY)]
     assert spans(held.server)[2] == f"{20 * SIZE}-{21 * SIZE - 1}"
-    assert spans(held.server)[-1] == f"0-{SIZE - 1}"
+    assert f"0-{SIZE - 1}" in spans(held.server)[-2:]  # which two workers ask for at once
     assert not loader.scheduler.update_priority("20", Priority.HIGH)
 
 
