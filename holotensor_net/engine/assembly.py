@@ -121,6 +121,9 @@ class Assembly:
         """The range of the object that a load wants, and the one place where its bytes go, ``made`` if it had none;
         None if nobody waits. With the lock held."""
         load, attempt, held = share.load, share.attempt, share.load.held
+        is_theirs = held is not None and held.endpoint == attempt.endpoint and not attempt.abandoned
+        if held is not None and is_theirs and contradicts(head.validator, held.head.validator):
+            load.held = None  # replaced, whatever becomes of the new version
         if attempt.destination is not None and attempt.wanted is not None:
             if attempt.is_resumed:
                 attempt.head, attempt.is_resumed = head, False
@@ -128,8 +131,6 @@ class Assembly:
         if attempt.destination is None and made is not None and not attempt.abandoned:
             attempt.destination, attempt.is_open_ended = made, _is_open_ended(load.request, head)
             attempt.head, attempt.wanted, attempt.missing = head, span, span.length
-        if held is not None and held.endpoint == attempt.endpoint and contradicts(head.validator, held.head.validator):
-            load.held = None  # replaced, whatever becomes of the new version
         return None if attempt.destination is None else (attempt.wanted or span, attempt.destination)
 
     def settle(self, share: Share, answer: Answer) -> None:

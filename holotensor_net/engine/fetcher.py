@@ -139,9 +139,7 @@ class Fetcher:
     ) -> list[Future[LoadResult]]:
         """:meth:`submit` for each, without a beginning: more may come that is joined with these, and ``start`` will
         follow. Several requests in one place make a run."""
-        may_resume = [
-            held is None and len(requests) == 1 and self._cache.has_part(requests[0]) for requests, held in asked
-        ]
+        may_resume = [len(requests) == 1 and self._cache.has_part(requests[0]) for requests, _ in asked]
         now = self._clock()
         futures: list[Future[LoadResult]] = []
         opened: dict[object, Load | None] = {}  # by identity; None for one that is about to be
@@ -697,7 +695,7 @@ class Fetcher:
                 return False
             load.may_resume = False
         try:
-            self._go_on(load, self._cache.resume(load.request))
+            self._go_on(load, self._cache.resume(load.request, load.held))
         except Exception as error:
             self._resolve(load, _defect(error))
         finally:

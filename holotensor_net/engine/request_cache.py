@@ -359,15 +359,16 @@ class RequestCache:
             self._cache.has_part(self.key(request, endpoint)) for endpoint in self._keyed(request)
         )
 
-    def resume(self, request: LoadRequest) -> Resumed | None:
-        """What has come of a transfer that was cut off, if it is of a version that the request allows."""
+    def resume(self, request: LoadRequest, held: Found | None = None) -> Resumed | None:
+        """What has come of a transfer that was cut off, if it is of a version that the request allows, and not of the
+        one that is ``held``: of that, all is there."""
         for endpoint in self._keyed(request):
             found = self._cache.resume(self.key(request, endpoint))
             if found is None:
                 continue
             part, note = found
             resumed = _resumed(request, endpoint, part, note)
-            if resumed is not None:
+            if resumed is not None and not (held and _same(held.entry.validator, resumed.head.validator)):
                 return resumed
             part.discard()
         return None

@@ -120,7 +120,7 @@ class Turns:
                 return None
             turn.is_waiting, turn.is_late = False, is_late
             # Whoever was at it may have been cut off.
-            load.may_resume = load.held is None and not load.whole
+            load.may_resume = not load.whole
             self._scheduler.restart(load, whole=load.whole or load.may_resume)
         return None
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from servers import Nginx
 
 from holotensor_net.config import CdnEndpoint, NetworkConfig
 from holotensor_net.engine.loader import NetworkLoader
+from holotensor_net.storage.claims import Claims
 from holotensor_net.storage.files import subject_of
 from holotensor_net.storage.journal import TAIL
 from holotensor_net.values import LoadRequest, RangeRequest
@@ -224,6 +226,98 @@ def test_nothing_is_left_of_what_a_server_forbids_to_store_meanwhile(
         while loader.stats().bytes_fetched < PIECE:
             assert not future.done()
     assert part_files(tmp_path / "cache") == []
+
+
+@dataclass
+class Replaced:
+    """An object of which a cache holds an old version, and a part of the one that has taken its place: the transfer of
+    that was killed when ``came`` bytes of it were there."""
+
+    server: Nginx
+    cache: Path
+    old: bytes
+    new: bytes
+    came: int = 0
+
+    def serve(self, data: bytes, when: int) -> None:
+        (self.server.root / "big").write_bytes(data)
+        os.utime(self.server.root / "big", (when, when))
+
+    def load(self) -> tuple[int, str]:
+        fetched, digest = loaded(self.server, self.cache)
+        assert part_files(self.cache) == []
+        return fetched, digest
+
+
+@pytest.fixture
+def replaced(nginx: Callable[..., Nginx], tmp_path: Path, data: bytes) -> Replaced:
+    (tmp_path / "www").mkdir()
+    lenient = "add_header Cache-Control 'max-age=0, stale-if-error=1000000';"
+    server = nginx(tmp_path / "www", limit_rate=12 * MIB, conf=lenient)
+    made = Replaced(server, tmp_path / "cache", bytes(MIB) + data[: SIZE - MIB], data)
+    made.serve(made.old, 1)
+    assert made.load()[1] == sha256(made.old).hexdigest()
+    made.serve(made.new, 2)
+    made.came = killed(server, made.cache, SIZE // 2)
+    assert len(part_files(made.cache)) == 1
+    return made
+
+
+def test_new_version_goes_on_though_an_old_one_is_cached(replaced: Replaced) -> None:
+    fetched, digest = replaced.load()
+    assert digest == sha256(replaced.new).hexdigest()
+    assert fetched <= SIZE - replaced.came + (WORKERS + 1) * PIECE
+    assert replaced.load() == (0, digest)
+
+
+def test_new_version_that_is_no_longer_served_gives_way_to_the_cached_one(replaced: Replaced) -> None:
+    replaced.serve(replaced.old, 1)
+    digest = sha256(replaced.old).hexdigest()
+    assert replaced.load() == (0, digest)
+    assert replaced.load() == (0, digest)
+
+
+def test_of_three_versions_the_latest_comes_whole(replaced: Replaced) -> None:
+    latest = replaced.new[MIB:] + bytes(MIB)
+    replaced.serve(latest, 3)
+    assert replaced.load() == (SIZE, sha256(latest).hexdigest())
+
+
+def test_what_is_all_there_is_confirmed_rather_than_that_a_part_of_it_is_gone_on_with(replaced: Replaced) -> None:
+    (part,) = part_files(replaced.cache)
+    kept = part.read_bytes()
+    replaced.load()
+    part.write_bytes(kept)
+    assert replaced.load() == (0, sha256(replaced.new).hexdigest())
+
+
+def test_who_has_waited_for_another_goes_on_where_that_one_was_killed(replaced: Replaced) -> None:
+    request = LoadRequest("big", "big")
+    with NetworkLoader(config_of(replaced.server, replaced.cache)) as loader:
+        other, claim = Claims(replaced.cache / "claims"), loader._requests.claim(request)
+        assert other.take(*claim)
+        future = loader.enqueue(request)
+        while not any(load.turn and load.turn.is_waiting for load in loader._fetcher._books.all()):
+            assert not future.done()
+        other.release(*claim)
+        assert future.result(100).data == replaced.new
+        assert loader.stats().bytes_fetched <= SIZE - replaced.came + (WORKERS + 1) * PIECE
+
+
+def test_who_fails_after_the_new_version_has_answered_is_not_stood_in_for_by_the_old_one(replaced: Replaced) -> None:
+    config = replace(config_of(replaced.server, replaced.cache, workers=1), timeout=1.0)
+    with NetworkLoader(config) as loader:
+        future = loader.enqueue(LoadRequest("big", "big"))
+        while not loader.stats().bytes_fetched:
+            assert not future.done()
+        replaced.server.close()
+        assert not future.result(100).is_success
+
+
+def test_who_fails_at_once_is_stood_in_for_by_the_old_version(replaced: Replaced) -> None:
+    replaced.server.close()
+    with NetworkLoader(replace(config_of(replaced.server, replaced.cache), timeout=1.0)) as loader:
+        assert loader.load(LoadRequest("big", "big")).data == replaced.old
 
 
 @pytest.mark.slow
