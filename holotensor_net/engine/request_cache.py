@@ -25,6 +25,7 @@ from ..storage.freshness import Freshness, State, kept, refreshed
 from ..storage.memory import MemoryPart
 from ..storage.parts import PartFile
 from ..storage.spans import Span, Spans
+from ..transport.guards import validator_of
 from ..values import HeadInfo, LoadRequest, RangeRequest, Validator
 
 __all__ = ["Destination", "Found", "Proven", "RequestCache", "Resumed", "contradicts"]
@@ -488,16 +489,17 @@ def _note(head: HeadInfo, request: LoadRequest) -> dict[str, Any]:
 def _resumed(request: LoadRequest, endpoint: int, part: PartFile, note: Mapping[str, Any]) -> Resumed | None:
     """A part file as the beginning of an answer to a request; None if it can be none."""
     try:
-        validator = Validator(note["etag"], note["last_modified"], note["is_strong"] is True)
-        size, span = int(note["object_size"]), note["byte_range"]
+        validator, size, span = _validator_in(note), note["object_size"], note["byte_range"]
     except (LookupError, TypeError, ValueError):
+        return None
+    if type(size) is not int or size < 0:
         return None
     pinned, wanted = request.validator, request.byte_range or RangeRequest(0, size)
     is_same = pinned is None or (_same(pinned, validator) if pinned.is_strong else not contradicts(validator, pinned))
     is_provable = validator.is_strong or request.checksum is not None
     if not (is_same and is_provable) or (span is None) != (request.byte_range is None) or part.size != wanted.length:
         return None
-    if span is not None and (request.byte_range is None or span != [wanted.start, wanted.stop]):
+    if span is not None and (span != [wanted.start, wanted.stop] or size < wanted.stop):
         return None
     missing, position = [], 0
     for start, stop in [*part.settled, (wanted.length, wanted.length)]:
@@ -505,6 +507,20 @@ def _resumed(request: LoadRequest, endpoint: int, part: PartFile, note: Mapping[
             missing.append(RangeRequest(wanted.start + position, wanted.start + start))
         position = stop
     return Resumed(endpoint, HeadInfo(size, validator), wanted, part, missing) if missing else None
+
+
+def _validator_in(note: Mapping[str, Any]) -> Validator:
+    """The validator in a note. Raises LookupError, TypeError or ValueError for what no answer can have had."""
+    validator = Validator(note["etag"], note["last_modified"], note["is_strong"])
+    told = {"etag": validator.etag, "last-modified": validator.last_modified}
+    if not {type(value) for value in told.values()} <= {str, type(None)} or type(validator.is_strong) is not bool:
+        raise TypeError("no validator")
+    said = validator_of({name: value for name, value in told.items() if value is not None})
+    if said.etag is None and said:  # whether a date is a strong one was to be seen when the answer came
+        said = replace(said, is_strong=validator.is_strong)
+    if said != validator:
+        raise ValueError("no validator")
+    return validator
 
 
 def _fits(request: LoadRequest, entry: CacheEntry, size: int) -> bool:

@@ -109,12 +109,19 @@ class Journal:
         marks = []
         for start in (_NOTE, _NOTE + _SLOT):
             try:
-                prefix, *apart = (Span(*span) for span in _opened(tail[start : start + _SLOT]))
-                if all(0 <= span.start <= span.stop <= size for span in (prefix, *apart)):
-                    marks.append(Mark(prefix, tuple(apart)))
-            except (ValueError, TypeError):
+                prefix, *apart = (_span(told, size) for told in _opened(tail[start : start + _SLOT]))
+                marks.append(Mark(prefix, tuple(apart)))
+            except (ValueError, TypeError, RecursionError):
                 continue
         return journal, marks
+
+
+def _span(told: Any, size: int) -> Span:
+    """A span of a file of ``size`` bytes. Raises ValueError or TypeError for what is none."""
+    start, stop, digest = told
+    if not (type(start) is type(stop) is int and type(digest) is str and 0 <= start <= stop <= size):
+        raise ValueError("no span")
+    return Span(start, stop, digest)
 
 
 def believed(fd: int, marks: list[Mark]) -> tuple[int, Any, list[Span]]:

@@ -46,6 +46,7 @@ Headers = Mapping[str, str]
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII | re.IGNORECASE)
 _UNSATISFIED = re.compile(r"bytes \*/([0-9]{1,19})", re.ASCII | re.IGNORECASE)
 _DIGITS = re.compile(r"[0-9]{1,19}", re.ASCII)
+_DATE = re.compile(r"[!-~][ -~]*")
 _ETAG = re.compile(r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 
 
@@ -128,11 +129,14 @@ def is_encoded(headers: Headers) -> bool:
 
 
 def validator_of(headers: Headers) -> Validator:
-    """The validator of an answer; a malformed entity tag counts as none."""
+    """The validator of an answer; a malformed entity tag counts as none, and so does a date that no request could name
+    again."""
     etag = headers.get("etag")
     if etag is not None and not _ETAG.fullmatch(etag):
         etag = None
     modified = headers.get("last-modified")
+    if modified is not None and not _DATE.fullmatch(modified):
+        modified = None
     strong = not etag.startswith("W/") if etag is not None else _is_old_enough(modified, headers.get("date"))
     return Validator(etag, modified, strong)
 

@@ -445,6 +445,16 @@ def test_no_other_status_than_200_and_206_is_an_answer_or_kept(folder: Path, sta
         assert not list(folder.rglob("*.json"))
 
 
+@pytest.mark.parametrize("date", ["\xa0Tue, 14 Nov 2023 22:13:19 GMT", "a\0b", ""])
+def test_a_date_that_no_request_can_name_is_not_asked_about(folder: Path, date: str) -> None:
+    origin = Origin([("Last-Modified", date), ("Date", 0)])
+    with Wire(always=origin) as wire:
+        scene = Scene(folder, wire)
+        scene.ask()
+        assert outcome(scene, origin) == ASKED
+        assert not has_condition(origin.asked[-1])
+
+
 # --- what a 304 changes
 
 

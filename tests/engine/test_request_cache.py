@@ -345,6 +345,41 @@ def test_bytes_go_to_the_disk_where_there_is_one(cache: RequestCache) -> None:
     destination.discard()
 
 
+SOUND: dict[str, Any] = {
+    **{"etag": V1.etag, "last_modified": V1.last_modified, "is_strong": True, "object_size": 10, "byte_range": [2, 6]},
+}
+NOTES: list[tuple[str, dict[str, Any], bool]] = [
+    ("sound", {}, True),
+    ("of a date", {"etag": None}, True),
+    ("of a weak tag that is called strong", {"etag": 'W/"v1"'}, False),
+    ("of a strong tag that is called weak", {"is_strong": False}, False),
+    ("of a tag that is none", {"etag": "v1"}, False),
+    ("of a date that is none", {"etag": None, "last_modified": "a\r\nb"}, False),
+    ("of nothing", {"etag": None, "last_modified": None}, False),
+    ("of an object that ends before it does", {"object_size": 5}, False),
+    ("of another range", {"byte_range": [2, 7]}, False),
+    ("of the whole", {"byte_range": None}, False),
+]
+
+
+@pytest.mark.parametrize(("fields", "is_resumed"), [case[1:] for case in NOTES], ids=[case[0] for case in NOTES])
+def test_part_is_gone_on_with_if_its_note_makes_sense(
+    store: FragmentCache, cache: RequestCache, fields: dict[str, Any], is_resumed: bool
+) -> None:
+    part = store.create(4, key=cache.key(PART, 0), note={**SOUND, **fields})
+    assert part is not None
+    part.write(0, b"23")
+    part.settle(0, 2)
+    part.keep()
+    found = cache.resume(PART)
+    assert (found is not None) is is_resumed
+    if found is not None:
+        assert found.missing == [RangeRequest(4, 6)]
+        found.destination.discard()
+    assert not cache.has_part(PART)
+    assert cache.resume(PART) is None
+
+
 @pytest.mark.parametrize(("spare", "least"), [(0, 1 << 18), (1 << 26, 1 << 20), (1 << 30, 8 << 20), (1 << 40, 8 << 20)])
 def test_what_is_too_short_to_be_resumed_goes_to_memory_first_if_there_is_enough(
     store: FragmentCache, spare: int, least: int

@@ -228,6 +228,45 @@ def test_nothing_is_left_of_what_a_server_forbids_to_store_meanwhile(
     assert part_files(tmp_path / "cache") == []
 
 
+SMALL = 3000
+GARBLED: list[Any] = [
+    *(None, True, False, -1, 0, SMALL, SMALL - 1, SMALL + 1, 1 << 70, float(SMALL), 1e300, float("inf"), float("nan")),
+    *("", "x", '"x"', 'W/"x"', '"x', '"\r\nX-Evil: 1"', '"\ud800"', "Tue, 15 Nov 1994 12:45:26 GMT", str(SMALL)),
+    *([], {}, [[]], [0, SMALL], [0, SMALL + 1], [-1, 5], [5, -1], [0.0, float(SMALL)], ["0", "1"], ["\n"], {"a": 1}),
+]
+
+
+def leave(cache: Path, server: Nginx, data: bytes, note: dict[str, Any]) -> None:
+    """Half of an object in a part file, with a note that may be anything."""
+    with NetworkLoader(config_of(server, cache)) as loader:
+        part = loader.cache.create(len(data), key=loader._requests.key(LoadRequest("small", "small"), 0), note=note)
+        assert part is not None
+        part.write(0, data[: len(data) // 2])
+        part.settle(0, len(data) // 2)
+        part.keep()
+
+
+@pytest.mark.parametrize("name", ["etag", "last_modified", "is_strong", "object_size", "byte_range"])
+def test_garbled_note_costs_the_bytes_and_no_error(
+    nginx: Callable[..., Nginx], tmp_path: Path, data: bytes, name: str
+) -> None:
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "small").write_bytes(data[:SMALL])
+    os.utime(tmp_path / "www" / "small", (1, 1))
+    server = nginx(tmp_path / "www")
+    said = {"etag": f'"1-{SMALL:x}"', "last_modified": "Thu, 01 Jan 1970 00:00:01 GMT", "is_strong": True}
+    sound = [{**said, "object_size": SMALL, "byte_range": None, **kind} for kind in ({}, {"etag": None})]
+    fetched = []
+    for number, note in enumerate([*sound, *({**note, name: value} for note in sound for value in GARBLED)]):
+        cache = tmp_path / str(number)
+        leave(cache, server, data[:SMALL], note)
+        with NetworkLoader(config_of(server, cache)) as loader:
+            assert loader.load(LoadRequest("small", "small")).data == data[:SMALL], note
+            fetched.append(loader.stats().bytes_fetched)
+        assert part_files(cache) == []
+    assert fetched[:2] == [SMALL // 2] * 2
+
+
 @dataclass
 class Replaced:
     """An object of which a cache holds an old version, and a part of the one that has taken its place: the transfer of

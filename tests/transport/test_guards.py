@@ -226,6 +226,11 @@ def test_compression_that_was_not_asked_for_is_refused(coding: str) -> None:
         pytest.param({"etag": '"a b"'}, Validator(), id="a space within"),
         pytest.param({"etag": '"a", "b"'}, Validator(), id="two"),
         pytest.param({"etag": '"a"\r\nX: y'}, Validator(), id="a line end"),
+        pytest.param({"last-modified": "long ago"}, Validator(None, "long ago", False), id="what may be a date"),
+        pytest.param({"last-modified": ""}, Validator(), id="no date"),
+        pytest.param({"last-modified": "\xa0" + date(NOW), "date": date(NOW + 9)}, Validator(), id="an odd space"),
+        pytest.param({"last-modified": date(NOW) + "\0", "date": date(NOW + 9)}, Validator(), id="a NUL in a date"),
+        pytest.param({"last-modified": date(NOW) + "\r\nX: y"}, Validator(), id="a line end in a date"),
         pytest.param(
             {"etag": 'W/"a"', "last-modified": date(NOW - 9), "date": date(NOW)},
             Validator('W/"a"', date(NOW - 9), False),
