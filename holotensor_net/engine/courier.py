@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -99,6 +100,7 @@ class Courier:
         self._hedging = Hedging(len(config.endpoints))
         self._versions = Versions()
         self._races: set[Race | Trip] = set()
+        self._served_at = [-math.inf] * len(config.endpoints)  # when each brought something, the last time
         self._second_at = Counter[int]()  # how many requests are at each endpoint besides
         self._may_hedge = len(config.endpoints) > 1 if config.hedging is None else config.hedging
         # What may be asked for twice, or has to wait for its turn, has a worker of its own.
@@ -260,19 +262,13 @@ class Courier:
         self._heard(0)
         _, answer = came[-1]
         with self._lock:
+            self._served_at[0] = now
             for trip, _ in came:
                 self._races.discard(trip)
                 self._routes.delivered(0, now - trip.began, now)
             self.requests += len(came)
             self._versions.note(came[-1][0].shares[0].load.request.path, answer.head.validator, now)
         self._scheduler.came([trip.piece for trip, _ in came])
-
-    def end_all(self) -> None:
-        """No trip goes on: nobody is left who would."""
-        with self._lock:
-            left = [race for race in self._races if isinstance(race, Trip)]
-        for trip in left:
-            self.end(trip)
 
     def end(self, trip: Trip) -> None:
         """A trip is over, however it ended."""
@@ -311,7 +307,7 @@ class Courier:
                 on_request=lambda: self._keep_rate(patience, piece.priority, piece, race),
                 on_bytes=lambda size: self._pace(size, piece, patience, race),
                 on_retry=lambda error: self._note_retry(error, endpoint),
-                may_retry=lambda error: not self._is_crowded(error, endpoint),
+                may_retry=lambda error: not self._is_crowded(shares, error, endpoint, race.began),
                 interrupt=race.first,
                 window=partial(self._scheduler.window, piece),
                 stride=self._scheduler.stride,
@@ -339,6 +335,7 @@ class Courier:
             with self._lock:
                 self._races.discard(race)
                 if has_delivered:
+                    self._served_at[endpoint] = self._clock()
                     self._routes.delivered(endpoint, (race.headed or self._clock()) - race.began, self._clock())
                     self._time(race)
             if race.alarm is not None:
@@ -536,9 +533,10 @@ class Courier:
             self._versions.note(path, answer.head.validator, self._clock())
             self.requests += answer.requests
 
-    def failed(self, shares: list[Share], error: NetworkError, endpoint: int) -> bool:
-        """An endpoint has failed to bring a piece; True if that is not the last word, and it may be asked again."""
-        is_crowded = self._is_crowded(error, endpoint)
+    def failed(self, shares: list[Share], error: NetworkError, endpoint: int, since: float) -> bool:
+        """An endpoint has failed to bring a piece that was begun at ``since``; True if that is not the last word, and
+        it may be asked again."""
+        is_crowded = self._is_crowded(shares, error, endpoint, since)
         with self._lock:
             if is_crowded:
                 self._routes.released(endpoint)
@@ -574,13 +572,16 @@ class Courier:
         if isinstance(error, RateLimited | Timeout):
             self._scheduler.refused(endpoint)
 
-    def _is_crowded(self, error: NetworkError, endpoint: int) -> bool:
+    def _is_crowded(self, shares: list[Share], error: NetworkError, endpoint: int, since: float) -> bool:
         """Whether the endpoint has refused a piece while it serves others: that was one too many. It does not ask
         again by itself, but gives its connection up; it is asked for again when fewer are, and nobody is to blame."""
         if not is_refusal(error):
             return False
         with self._lock:
-            return any(race.endpoint == endpoint and race.headed and not race.is_over for race in self._races)
+            if self._served_at[endpoint] >= since:
+                return True
+            others = [race for race in self._races if race.endpoint == endpoint and race.shares is not shares]
+            return any(race.is_served for race in others)
 
     def _report(self, endpoint: int, error: NetworkError) -> bool:
         """Tell the routes how an endpoint did; True if its loads should wait for it. With the lock held."""

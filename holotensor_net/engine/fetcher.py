@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,19 +19,19 @@ from functools import partial
 
 from ..config import NetworkConfig
 from ..errors import Cancelled, DeadlineExceeded, NetworkError
-from ..transport.client import BRIEF, Answer
+from ..transport.client import Answer
 from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority
 from ..waits import Latch
 from .alarms import Alarms
 from .assembly import Assembly
 from .books import Books, identity_of
 from .courier import Courier
-from .loads import Attempt, Load, Share, Waiter, Whole
+from .loads import Attempt, Call, Load, Share, Waiter, Whole
 from .priority import PrioritizedFragment
 from .races import Trip
 from .recovery import Again, Recovery, is_overtaxed, summary
 from .request_cache import Found, Proven, RequestCache, Resumed
-from .rounds import Round
+from .rounds import TOLD_TOGETHER, Hands, Rounds
 from .runs import Member, Run
 from .scheduler import Piece, Scheduler
 from .turns import Move, Turns
@@ -39,19 +40,6 @@ __all__ = ["Fetcher", "FetcherStats"]
 
 _WORTH_RELIEF = 1 << 20
 """Bytes of a fragment from which publishing it takes longer than starting another worker."""
-
-_DELIVERED_TOGETHER = 32
-"""Fragments of one piece that are told of at once: the first should not wait for the last to be on the disk."""
-
-
-_SLOW = 0.5
-"""Seconds after which a brief piece that is waited for with others is given a worker of its own."""
-
-_SOON = 0.002
-"""Seconds for which what has come may wait for more: to tell a thread that waits costs as much as another piece."""
-
-_MOST_AT_ONCE = 256
-"""Brief pieces that one worker waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +84,7 @@ class Fetcher:
             cache, scheduler, self._lock, seconds=config.timeout, rate=config.min_bandwidth, clock=clock
         )
         self._workers = 0
-        self._round: Round | None = None  # that a worker is on, if one is
-        self._carried = 0  # pieces that it has on the way beside the one that any worker has
+        self._jobs = deque[Call]()  # each of a worker that was asked for, besides those that take pieces
         self._late = 0  # workers for which there was no thread when they were to begin
         self._confirmed_bytes = 0
         self._here = threading.local()
@@ -122,6 +109,7 @@ class Fetcher:
             now=cache.now,
             clock=clock,
         )
+        self._rounds = Rounds(scheduler, self._courier, clock, timeout=config.timeout)
         scheduler.dropped = lambda fragment: _dropped(known, fragment)
         scheduler.moves = lambda fragment_id, level: _moved(known, fragment_id, level)
 
@@ -282,8 +270,8 @@ class Fetcher:
         is_own = getattr(self._here, "is_own", False)  # called back by a future: a thread cannot wait for its own end
         self._executor.shutdown(wait=not is_own, cancel_futures=True)
         self._alarms.close(wait=not is_own)
-        if not is_own:
-            self._courier.end_all()
+        while self._jobs:  # of which there will be no worker
+            self._work_apart()
         while left := self._books.all():  # a run may fall apart meanwhile
             for load in left:
                 self._resolve(load, Cancelled("the loader was closed"))
@@ -396,16 +384,15 @@ class Fetcher:
     def _spawn(self) -> None:
         """Have as many workers as the scheduler wants, the limit at most."""
         crew = self._scheduler.crew
-        if self._workers + self._carried >= crew:  # a glance: whoever leaves looks for what was queued meanwhile
+        if self._workers + self._rounds.carried >= crew:  # a glance: whoever leaves looks for what was queued meanwhile
             return
-        is_round = self._is_for_round()
-        if is_round and (under_way := self._round) is not None:
-            under_way.wake()
+        is_round = self._rounds.is_next
+        if is_round and self._rounds.wake():
             return
         with self._lock:
             if self._closing.is_set() or not self._scheduler.queue_len:
                 return
-            more = self._scheduler.crew - self._workers - self._carried
+            more = self._scheduler.crew - self._workers - self._rounds.carried
             failure = self._begin_work(min(1, more) if is_round else more)
             stranded = self._books.all() if failure is not None and not self._workers else []
         for load in stranded:
@@ -434,7 +421,7 @@ class Fetcher:
                 self._workers += 1
         try:
             while self._has_work() and (piece := self._scheduler.next()) is not None:
-                if self._is_on_round(piece):
+                if self._rounds.go(piece, self._hands()):
                     continue
                 self._spawn()  # the next one may have to wait for its turn
                 self._run(piece)
@@ -445,17 +432,52 @@ class Fetcher:
 
     def _has_work(self) -> bool:
         """Whether a worker should go on, and not leave what is next to the one that is on a round."""
-        if self._workers + self._carried > self._scheduler.crew:
+        if self._workers + self._rounds.carried > self._scheduler.crew:
             return False
-        return self._round is None or not self._is_for_round()
+        return not (self._rounds.is_on and self._rounds.is_next)
+
+    def _hands(self) -> Hands:
+        """What we do for a round. It has them while it goes, and no longer, lest we hold ourselves."""
+        return Hands(
+            sets_aside=self._sets_aside,
+            begin=self._begin,
+            run=self._run,
+            bring=self._bring,
+            take_in=self._take_in,
+            fail=self._fail,
+            apart=self._apart,
+            spawn=self._spawn,
+        )
+
+    def _apart(self, job: Call) -> None:
+        """Have another worker do this; this one, where there is no other."""
+        with self._lock:
+            self._workers += 1
+        self._jobs.append(job)
+        try:
+            self._executor.submit(self._work_apart)
+        except RuntimeError:  # it may be in the executor's queue all the same
+            self._work_apart()
+
+    def _work_apart(self) -> None:
+        try:
+            job = self._jobs.popleft()
+        except IndexError:  # it was done where there seemed to be no thread for it
+            return
+        try:
+            job()
+        finally:
+            with self._lock:
+                self._workers -= 1
+            self._spawn()
 
     def _run(self, piece: Piece) -> None:
-        if not (self._is_held_back(piece) or self._resumes(piece)):
+        if not self._sets_aside(piece):
             self._bring(piece, self._begin(piece))
 
     def _bring(self, piece: Piece, shares: list[Share], trip: Trip | None = None) -> None:
         """Have a piece brought, and see to what becomes of it; ``trip``: what has begun with it, if anything has."""
-        endpoint: int | None = None
+        endpoint, since = None, self._clock() if trip is None else trip.began
         outcome: Answer | NetworkError = Cancelled("nobody waits for it any more")
         try:
             if trip is not None:
@@ -478,177 +500,32 @@ class Fetcher:
             self._scheduler.release(piece)
         try:
             if isinstance(outcome, NetworkError):
-                self._failed(shares, outcome, endpoint)
+                self._failed(shares, outcome, endpoint, since)
             elif endpoint is not None:
-                self._arrived(shares, outcome, endpoint)
+                self._courier.arrived(shares[0].load.request.path, outcome, endpoint)
+                self._arrived([(share, outcome) for share in shares], endpoint)
         except Exception as error:
-            for share in shares:
-                self._resolve(share.load, _defect(error))
+            self._resolve_all([(share.load, _defect(error)) for share in shares])
 
-    # -- brief pieces, many at once
-
-    def _is_for_round(self) -> bool:
-        """Whether what is most urgent may go with others, all of which one worker waits for."""
-        first = self._scheduler.first() if self._courier.may_go_round else None
-        return first is not None and _is_brief(first)
-
-    def _is_on_round(self, piece: Piece) -> bool:
-        """Go with a piece that is brief, and with all that are, unless another worker does; False then, or if it is
-        none."""
-        if not (self._courier.may_go_round and _goes_along(piece)):
-            return False
-        with self._lock:
-            if self._round is not None or self._closing.is_set():
-                return False
-            self._round = under_way = Round()
+    def _take_in(self, came: Sequence[tuple[Share, Answer]]) -> None:
+        """What a round has brought, from the only endpoint."""
         try:
-            self._go_round(under_way, piece)
-        finally:
-            with self._lock:
-                self._round, self._carried = None, 0
-            under_way.close()
-        return True
-
-    def _go_round(self, under_way: Round, piece: Piece) -> None:
-        """Have brief pieces on the way, as many as may be, until there are none. What comes is handed over while more
-        of them are on the way; what is unusual, or slow, is given a worker of its own."""
-        pieces: list[Piece] = [piece]
-        came: list[tuple[Trip, Answer]] = []
-        pause: float | None = None
-        slow, since = min(_SLOW, self._config.timeout / 4), 0.0
-        try:
-            while pieces or under_way or came:
-                self._depart(under_way, pieces)
-                now = self._clock()
-                ready = under_way.wait(0.0) if came else []
-                if came and not (ready and len(came) < _DELIVERED_TOGETHER and now < since + _SOON):
-                    if _calls_back(came):
-                        self._apart(partial(self._take_in, came))
-                    else:
-                        self._take_in(came)
-                    came = []
-                if not ready and (eldest := under_way.eldest()) is not None:
-                    left = eldest + slow - now
-                    ready = under_way.wait(left if pause is None else min(left, pause))
-                    now = self._clock()
-                if ready:
-                    since = since if came else now
-                    came += self._read(under_way, ready)
-                self._hand_over_slow(under_way, now - slow)
-                under_way.look_up()
-                pieces, pause = self._scheduler.next_all(_is_brief, _MOST_AT_ONCE - len(under_way))
-                if not self._is_for_round():
-                    self._spawn()
-        finally:
-            for trip in under_way.trips:
-                self._hand_over(under_way, trip)
-
-    def _depart(self, under_way: Round, pieces: list[Piece]) -> None:
-        """Begin with pieces: those that are brief go on the way, each other is given a worker."""
-        left: dict[Piece, list[Share]] = {piece: [] for piece in pieces}  # that are nobody's yet
-        try:
-            self._begin_trips(under_way, left)
+            self._arrived(came, 0)
         except Exception as error:
-            for piece, shares in left.items():
-                self._fail([part.fragment for part in piece.parts], error)
-                self._leave(shares)
-                self._scheduler.release(piece)
-        self._carried = max(0, len(under_way) - 1)
+            self._resolve_all([(share.load, _defect(error)) for share, _ in came])
 
-    def _begin_trips(self, under_way: Round, left: dict[Piece, list[Share]]) -> None:
-        for piece in list(left):
-            if not _goes_along(piece):
-                del left[piece]
-                self._apart(partial(self._run, piece))
-            elif self._is_held_back(piece) or self._resumes(piece):
-                del left[piece]
-            elif shares := self._begin(piece):
-                left[piece] = shares
-            else:
-                self._scheduler.release(piece)
-                del left[piece]
-        going = list(left.items())
-        for trip, (piece, shares) in zip(self._courier.depart(going) if going else (), going, strict=True):
-            if trip is None:
-                del left[piece]
-                self._apart(partial(self._bring, piece, shares))
-            else:
-                under_way.add(trip)
-                del left[piece]
+    def _fail(self, piece: Piece, shares: Sequence[Share], error: Exception) -> None:
+        """A defect of ours keeps a piece from being brought."""
+        loads = [part.fragment for part in piece.parts if isinstance(part.fragment, Load)]
+        self._resolve_all([(load, _defect(error)) for load in loads])
+        self._leave(shares)
+        self._scheduler.release(piece)
 
-    def _read(self, under_way: Round, ready: list[Trip]) -> list[tuple[Trip, Answer]]:
-        """What has come by now, once nothing more urgent does."""
-        came: list[tuple[Trip, Answer]] = []
-        if ready and all(self._scheduler.gives_way(trip.piece) for trip in under_way.trips):
-            self._scheduler.give_way(ready[0].piece)
-        for trip in ready:
-            answer = None if trip.begun.call.is_unusual else self._courier.read(trip)
-            if answer is not None:
-                under_way.remove(trip)
-                came.append((trip, answer))
-            elif trip.begun.call.is_unusual:
-                self._hand_over(under_way, trip)
-        if came:
-            self._courier.returned(came)
-            self._carried = max(0, len(under_way) - 1)
-        return came
+    # -- what a piece waits for, or goes on with
 
-    def _hand_over_slow(self, under_way: Round, before: float) -> None:
-        """Give those a worker of their own that have been on the way since long before."""
-        while (eldest := under_way.eldest()) is not None and eldest <= before:
-            self._hand_over(under_way, under_way.trips[0])
-
-    def _hand_over(self, under_way: Round, trip: Trip) -> None:
-        """Have another worker go on with a trip."""
-        under_way.remove(trip)
-        self._carried = max(0, len(under_way) - 1)
-        self._apart(partial(self._bring, trip.piece, trip.shares, trip))
-
-    def _apart(self, bring: Callable[[], object]) -> None:
-        """Have another worker bring a piece that was taken; this one, where there is no other."""
-        with self._lock:
-            self._workers += 1
-        try:
-            self._executor.submit(self._work_apart, bring)
-        except RuntimeError:
-            self._work_apart(bring)
-
-    def _work_apart(self, bring: Callable[[], object]) -> None:
-        try:
-            bring()
-        finally:
-            with self._lock:
-                self._workers -= 1
-            self._spawn()
-
-    def _take_in(self, came: list[tuple[Trip, Answer]]) -> None:
-        """Trips are back: see what each of their loads still lacks."""
-        try:
-            self._hand_in(came)
-        except Exception as error:
-            self._fail([trip.piece.fragment for trip, _ in came], error)
-
-    def _fail(self, fragments: list[PrioritizedFragment], error: Exception) -> None:
-        """A defect of ours is told to whoever waits."""
-        for fragment in fragments:
-            if isinstance(fragment, Load):
-                self._resolve(fragment, _defect(error))
-
-    def _hand_in(self, came: list[tuple[Trip, Answer]]) -> None:
-        complete: list[Share] = []
-        rest: list[tuple[Share, Answer]] = []
-        with self._lock:
-            for trip, answer in came:
-                [share] = trip.shares
-                if not share.attempt.abandoned and self._assembly.advance(share, answer):
-                    complete.append(share)
-                else:
-                    rest.append((share, answer))
-        for share, answer in rest:
-            self._assembly.settle(share, answer)
-        self._leave([share for share, _ in rest])
-        for first in range(0, len(complete), _DELIVERED_TOGETHER):
-            self._deliver(complete[first : first + _DELIVERED_TOGETHER], came[-1][1], came[-1][0].endpoint)
+    def _sets_aside(self, piece: Piece) -> bool:
+        """Whether a piece is not to be brought as it is: something else was done about it."""
+        return self._is_held_back(piece) or self._resumes(piece)
 
     def _is_held_back(self, piece: Piece) -> bool:
         """Whether a piece is not begun with, as another process brings something of it, or has; the rest of it is
@@ -737,30 +614,29 @@ class Fetcher:
 
     # -- bytes
 
-    def _arrived(self, shares: list[Share], answer: Answer, endpoint: int) -> None:
-        """A piece is there: see what each of its loads still lacks."""
-        self._courier.arrived(shares[0].load.request.path, answer, endpoint)
-        complete: list[Share] = []
-        rest: list[Share] = []
+    def _arrived(self, came: Sequence[tuple[Share, Answer]], endpoint: int) -> None:
+        """Pieces are there: see what each of their loads still lacks."""
+        complete: list[tuple[Share, Answer]] = []
+        rest: list[tuple[Share, Answer]] = []
         with self._lock:
-            for share in shares:
+            for share, answer in came:
                 is_all = not share.attempt.abandoned and self._assembly.advance(share, answer)
-                (complete if is_all else rest).append(share)
-        for share in rest:
+                (complete if is_all else rest).append((share, answer))
+        for share, answer in rest:
             self._assembly.settle(share, answer)
-        self._leave(rest)
-        size = sum(share.attempt.wanted.length for share in complete if share.attempt.wanted is not None)
+        self._leave([share for share, _ in rest])
+        size = sum(share.attempt.wanted.length for share, _ in complete if share.attempt.wanted is not None)
         with self._relieved() if size >= _WORTH_RELIEF else contextlib.nullcontext():
-            for first in range(0, len(complete), _DELIVERED_TOGETHER):
-                self._deliver(complete[first : first + _DELIVERED_TOGETHER], answer, endpoint)
+            for first in range(0, len(complete), TOLD_TOGETHER):
+                self._deliver(complete[first : first + TOLD_TOGETHER], endpoint)
 
-    def _deliver(self, complete: list[Share], answer: Answer, endpoint: int) -> None:
+    def _deliver(self, complete: Sequence[tuple[Share, Answer]], endpoint: int) -> None:
         """Verify and publish what is all there, and tell whoever waits."""
         ended: list[tuple[Load, Whole]] = []
         proven: list[Proven] = []
         loads: list[Load] = []
         try:
-            for share in complete:
+            for share, answer in complete:
                 try:
                     outcome = self._complete(share, answer, endpoint)
                 except Exception as error:  # the others are right all the same
@@ -774,9 +650,9 @@ class Fetcher:
             ended += zip(loads, self._assembly.kept(proven, endpoint), strict=True)
         finally:
             self._resolve_all(ended)
-            self._leave(complete)
+            self._leave([share for share, _ in complete])
 
-    def _leave(self, shares: list[Share]) -> None:
+    def _leave(self, shares: Sequence[Share]) -> None:
         """A piece has ended for these loads; whoever is the last to leave an attempt that was given up tidies up."""
         with self._lock:
             endings = [ending for share in shares if (ending := share.attempt.leave()) is not None]
@@ -818,8 +694,9 @@ class Fetcher:
 
     # -- when it goes wrong
 
-    def _failed(self, shares: list[Share], error: NetworkError, endpoint: int | None) -> None:
-        is_passing = endpoint is not None and self._courier.failed(shares, error, endpoint)
+    def _failed(self, shares: list[Share], error: NetworkError, endpoint: int | None, since: float) -> None:
+        """A piece that was begun at ``since`` has not come."""
+        is_passing = endpoint is not None and self._courier.failed(shares, error, endpoint, since)
         for share in shares:
             try:
                 self._recover(share, error, endpoint, is_passing=len(shares) > 1 or is_passing)
@@ -846,30 +723,6 @@ class Fetcher:
         if again is Again.NOTHING:
             is_final = isinstance(error, Cancelled | DeadlineExceeded)
             self._resolve(load, error if is_final else self._assembly.stale(load) or summary(load.failures))
-
-
-def _is_brief(fragment: PrioritizedFragment) -> bool:
-    """Whether a fragment is one that comes at one go, and for which there is nothing to think about."""
-    wanted = fragment.request.byte_range
-    return (
-        isinstance(fragment, Load)
-        and wanted is not None
-        and wanted.length <= BRIEF
-        and fragment.priority is not Priority.CRITICAL
-        and fragment.held is None
-        and not (fragment.failures or fragment.whole or fragment.may_resume or fragment.request.allow_short)
-    )
-
-
-def _goes_along(piece: Piece) -> bool:
-    """Whether a piece is a brief fragment, and no more."""
-    return len(piece.parts) == 1 and piece.byte_range.length <= BRIEF and _is_brief(piece.fragment)
-
-
-def _calls_back(came: list[tuple[Trip, Answer]]) -> bool:
-    """Whether somebody is to be called, who may wait for what comes on this very round."""
-    waiters = [waiter for trip, _ in came for share in trip.shares for waiter in tuple(share.load.waiters)]
-    return any(waiter._done_callbacks for waiter in waiters)
 
 
 def _dropped(known: weakref.ref[Fetcher], fragment: PrioritizedFragment) -> None:

@@ -6,10 +6,13 @@ Nothing here waits, reads or writes; the owner's lock guards it.
 from __future__ import annotations
 
 import _thread
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import NetworkError
 from ..transport.digests import Digest
@@ -20,8 +23,9 @@ from .priority import PrioritizedFragment
 from .request_cache import Destination, Found
 from .scheduler import Part
 
-__all__ = ["Attempt", "Load", "Promise", "Share", "Turn", "Waiter", "Whole", "is_sealed"]
+__all__ = ["Attempt", "Call", "Load", "Promise", "Share", "Turn", "Waiter", "Whole", "calling_later", "is_sealed"]
 
+Call: TypeAlias = Callable[[], object]
 
 PENDING, _CANCELLED, FINISHED = "PENDING", "CANCELLED", "FINISHED"  # as the base class of futures has it
 
@@ -210,6 +214,9 @@ class Waiter(Promise):
     def fragment_id(self) -> str:
         return self.request.fragment_id
 
+    def add_done_callback(self, fn: Callable[[Future[LoadResult]], object]) -> None:
+        super().add_done_callback(partial(_call_back, fn))
+
     def part_from(self) -> None:
         """It has left its load, and will be told something of its own."""
         self.load = None
@@ -219,6 +226,33 @@ class Waiter(Promise):
         if is_cancelled and self.on_cancel is not None:
             self.on_cancel(self)
         return is_cancelled
+
+
+class _Here(threading.local):
+    """Who is to be called back by this thread later, if that is not to be at once."""
+
+    later: list[Call] | None = None
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def calling_later() -> Iterator[list[Call]]:
+    """Meanwhile nobody is called back on this thread: what is to be called gathers in this list."""
+    calls: list[Call] = []
+    _here.later = calls
+    try:
+        yield calls
+    finally:
+        _here.later = None
+
+
+def _call_back(call: Callable[[Future[LoadResult]], object], future: Future[LoadResult]) -> None:
+    if _here.later is None:
+        call(future)
+    else:
+        _here.later.append(partial(call, future))
 
 
 class Whole(NamedTuple):

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..errors import ProtocolError
 from ..transport.client import Answer, Ask, Begun, Write
@@ -89,6 +90,11 @@ class Race:
     @property
     def is_over(self) -> bool:
         return self._is_over
+
+    @property
+    def is_served(self) -> bool:
+        """Whether its bytes are coming from the first."""
+        return self.headed is not None and not self._is_over
 
     @contextlib.contextmanager
     def resting(self, clock: Callable[[], float]) -> Iterator[None]:
@@ -174,8 +180,7 @@ class Trip:
     began: float
     begun: Begun
     fd: int
-    headed: float | None = None
-    is_over: bool = False
+    is_served: ClassVar = False  # as far as is known: it is looked at once all of it may be there
 
     @property
     def is_idle(self) -> bool:

@@ -328,18 +328,28 @@ class Scheduler:
         taken: list[Piece] = []
         with self._lock:
             now = self._clock()
-            while len(taken) < most and not self._closed:
-                lane, wait = self._next_lane(now)
-                first = None if lane is None else lane.queue.peek()
-                if lane is None or first is None or not suits(first):
-                    return taken, wait
-                if (wait := self._wait_for_rates(lane, now)) > 0:
-                    return taken, wait
-                piece = self._take(lane, now)
-                taken.append(piece)
-                if len(piece.parts) > 1 or piece.fragment is not first:
-                    break
-        return taken, None
+            wait = self._take_all(suits, most, taken, now)
+            if not self.queue_len:
+                self._changed.notify_all()  # nobody needs to wait for a turn any more
+            else:
+                self._pass_on(now)
+        return taken, wait
+
+    def _take_all(
+        self, suits: Callable[[PrioritizedFragment], bool], most: int, taken: list[Piece], now: float
+    ) -> float | None:
+        while len(taken) < most and not self._closed:
+            lane, wait = self._next_lane(now)
+            first = None if lane is None else lane.queue.peek()
+            if lane is None or first is None or not suits(first):
+                return wait
+            if (wait := self._wait_for_rates(lane, now)) > 0:
+                return wait
+            piece = self._take(lane, now)
+            taken.append(piece)
+            if len(piece.parts) > 1 or piece.fragment is not first:
+                return 0.0
+        return None
 
     def first(self) -> PrioritizedFragment | None:
         """The most urgent fragment that is queued for the first host."""

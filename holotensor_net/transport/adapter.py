@@ -211,9 +211,9 @@ def way_of(url: str, verify: bool | str, proxies: Mapping[str, str]) -> Way:
 
 
 def is_straight(way: Way) -> bool:
-    """Whether nothing lies between us and the origin: no TLS, no proxy, and nobody who answers in its place."""
+    """Whether nothing lies between us and the origin: no TLS, no proxy, nobody who answers in its place or watches."""
     (scheme, *_), _, proxies, *doers = way
-    return scheme == "http" and not proxies and tuple(doers) == _DOERS
+    return scheme == "http" and not proxies and tuple(doers) == _DOERS and not log.isEnabledFor(logging.DEBUG)
 
 
 def _doers() -> tuple[object, object]:

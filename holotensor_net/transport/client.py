@@ -357,7 +357,7 @@ class HttpClient:
             try:
                 if self._is_taken_in(state, *came, open_sink):
                     call.end()
-                    self._lines.trust(is_proved=True)
+                    self._lines.prove()
                     begun.is_taken = True
                     self._slots.release()
                     self._host.earn(EARNED)
@@ -401,8 +401,13 @@ class HttpClient:
         compressed: bool,
         begun: Begun | None,
     ) -> None:
+        is_sent = begun is not None and not begun.is_taken and not begun.call.may_send
+
         def begin() -> None:
-            self._begin(pace.on_request, patience)
+            nonlocal is_sent
+            if not is_sent:  # or what was asked for would fail as somebody wants silence from now on
+                self._begin(pace.on_request, patience)
+            is_sent = False
             state.count()
 
         def take(reply: Reply, said: Mapping[str, str]) -> None:
@@ -422,7 +427,7 @@ class HttpClient:
                 and begun is None
                 and reply.url == Request("GET", self._url_of(state.ask.path), {}, {}).url
             ):
-                self._lines.is_plain = True
+                self._lines.trust()
 
         state.resume()
         conditions = _conditions(state, compressed=compressed)
@@ -554,6 +559,8 @@ class HttpClient:
             raise
         finally:
             self._sockets.wait_at_most(_for_ever)  # what bounded this request holds its caller
+            if begun is not None:
+                begun.call.drop()
             self._slots.release()
 
     def _await_turn(self, patience: Patience) -> None:

@@ -11,8 +11,9 @@ import contextlib
 import errno
 import os
 import socket
+import threading
 import weakref
-from typing import Any
+from typing import Any, TypeAlias
 
 from .adapter import Reply, Request, Way, bare_reply, is_straight, target_of
 from .heads import PlainHead, plain_head
@@ -27,6 +28,9 @@ BRIEF = 1 << 16
 _LONGEST_HEAD = 1 << 14
 _MOST_STRIKES = 64
 _END = b"\r\n\r\n"
+Address: TypeAlias = tuple[Way, Pool, int, Any]
+"""Where requests of a way are asked: a pool that makes its connections, the family of an address, and that."""
+
 _UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 
@@ -37,10 +41,10 @@ class Call:
     the ordinary way to read what comes of it.
     """
 
-    __slots__ = ("_came", "_connection", "_head", "_lines", "_sock", "_unsent", "fd", "is_unusual")
+    __slots__ = ("_address", "_came", "_connection", "_lines", "_sock", "_unsent", "fd", "is_unusual")
 
-    def __init__(self, lines: Lines, connection: Any, head: bytes) -> None:
-        self._lines, self._connection, self._head = lines, connection, head
+    def __init__(self, lines: Lines, connection: Any, address: Address | None, head: bytes) -> None:
+        self._lines, self._connection, self._address = lines, connection, address
         self._sock: socket.socket = connection.sock
         self._unsent, self._came = head, b""
         self.fd = self._sock.fileno()
@@ -60,7 +64,6 @@ class Call:
         except OSError as error:
             if error.errno != errno.ENOTCONN:  # it still connects
                 self.is_unusual = True
-                self._lines.fail()
 
     def receive(self) -> tuple[PlainHead, memoryview] | None:
         """The answer, once all of it has come; None before that, and if it is unusual."""
@@ -73,44 +76,55 @@ class Call:
             return None
         self._came = data = self._came + came if self._came else came
         head = plain_head(data)
-        missing = 1 if head is None else head.size + head.length - len(data)
-        if head is not None and not missing and head.size <= _LONGEST_HEAD:
+        if head is None:
+            self.is_unusual = not came or len(data) >= _LONGEST_HEAD or _END in data
+            return None
+        missing = head.size + head.length - len(data)
+        if not missing and head.size <= _LONGEST_HEAD:
             return head, memoryview(data)[head.size :]
-        is_beginning = head is not None or (len(data) < _LONGEST_HEAD and _END not in data)
-        self.is_unusual = not came or missing <= 0 or not is_beginning
+        self.is_unusual = not came or missing <= 0 or head.length > BRIEF
         return None
 
     def end(self) -> None:
         """The answer was plain, and has been read: another request may be asked over its connection."""
-        self._lines.put(self._connection)
+        if (connection := self._given_up()) is not None:
+            self._lines.put(connection)
 
     def reply(self, request: Request) -> Reply | None:
         """The answer as the ordinary way reads it, which waits for it; None if the ``request``, which it is to, has not
         all been sent: it is not, then. Raises what requests does."""
-        connection, came = self._connection, self._came
+        if self._unsent:
+            self._lines.fail(self._address)
+            self.drop()
+            return None
+        connection = self._given_up()
         try:
-            if not self._unsent:
-                return bare_reply(request, self._lines, lambda: connection.resume(came))
-            self._lines.fail()
+            return bare_reply(request, self._lines, lambda: connection.resume(self._came))
         except BaseException:
             connection.close()
             raise
-        connection.close()
-        return None
 
     def cut(self) -> None:
         """Have it end: whoever waits for it, from any thread, is told at once."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        with self._lines.lock, contextlib.suppress(OSError):
+            if self._connection is not None:
+                self._sock.shutdown(socket.SHUT_RDWR)
 
     def drop(self) -> None:
-        """Ask nothing more over its connection."""
-        self._connection.close()
+        """Ask nothing more over its connection, unless that is somebody else's by now."""
+        if (connection := self._given_up()) is not None:
+            connection.close()
+
+    def _given_up(self) -> Any:
+        """The connection, which is not ours any more: whoever cuts this cuts nobody else."""
+        with self._lines.lock:
+            connection, self._connection = self._connection, None
+        return connection
 
 
 class Lines:
     """The connections of a client's own origin that wait for a request, ``most`` at most. Thread-safe: the list's own
-    operations are atomic.
+    operations are atomic, and ``lock`` guards whose a connection is.
 
     They go to one address of its host, as long as nothing stands between: no proxy, and no TLS.
     """
@@ -122,10 +136,11 @@ class Lines:
         self._is_closed = False
         weakref.finalize(self, _close_all, self._idle).atexit = False
         self._pool_class = pool_classes(sockets)["http"]
-        self._address: tuple[Way, Pool, int, Any] | None = None
+        self.lock = threading.Lock()
+        self._address: Address | None = None
         self._failures = 0
         self.is_plain = True  # whether answers were, of late
-        self._strikes = 0  # that were not, since one was
+        self._strikes = 0  # how often that ended, since one was that came here
 
     def lead(self, way: Way) -> bool:
         """Whether requests that go this way may be asked here."""
@@ -136,7 +151,7 @@ class Lines:
             self._address = known = self._look_up(way)
         return known is not None
 
-    def _look_up(self, way: Way) -> tuple[Way, Pool, int, Any] | None:
+    def _look_up(self, way: Way) -> Address | None:
         (_, host, port), *_ = way
         pool: Any = self._pool_class(host or "", port)
         connection = pool._new_conn()
@@ -146,39 +161,45 @@ class Lines:
             return way, pool, family, address
         return None
 
-    def fail(self) -> None:
-        """Nobody is to be reached there: try another address."""
-        self._failures += 1
-        self._address = None
+    def fail(self, tried: Address | None) -> None:
+        """Nobody is to be reached at an address that was tried: try another, unless that is done already."""
+        with self.lock:
+            if tried is not None and tried is self._address:
+                self._failures += 1
+                self._address = None
 
     def doubt(self) -> None:
         """An answer was not plain: ask no more, until one of the ordinary way is."""
-        self.is_plain = False
-        self._strikes += 1
+        with self.lock:
+            self._strikes += self.is_plain
+            self.is_plain = False
 
-    def trust(self, *, is_proved: bool = False) -> None:
-        """An answer of the ordinary way was plain; ``is_proved``: one that came here was. What is plain there and never
-        here would be read twice each time."""
-        if is_proved:
-            self._strikes = 0
-        elif self._strikes < _MOST_STRIKES:
+    def trust(self) -> None:
+        """An answer of the ordinary way was plain. What is plain there and never here would be read twice each time:
+        that is tried only so often."""
+        if not self.is_plain and self._strikes < _MOST_STRIKES:
             self.is_plain = True
 
     def call(self, request: Request) -> Call | None:
         """Ask; None if that has to be done the ordinary way. Nothing waits."""
-        try:
-            connection = self._connection()
-        except OSError:
-            return None
+        address = None
+        connection = self._waiting()
+        if connection is None:
+            address = self._address
+            connection = None if address is None else self._new(address)
         if connection is None:
             return None
         head = connection.head_of(target_of(request), request.headers, request.conditions)
         if head is None:
             self.put(connection)
             return None
-        call = Call(self, connection, head)
+        call = Call(self, connection, address, head)
         call.send()
         return call
+
+    def prove(self) -> None:
+        """An answer that came here was plain."""
+        self._strikes = 0
 
     def put(self, connection: Any) -> None:
         """Keep a connection for another request."""
@@ -201,12 +222,13 @@ class Lines:
         self._is_closed = True
         _close_all(self._idle)
 
-    def _connection(self) -> Any:
+    def _waiting(self) -> Any:
+        """A connection that waits for a request, if there is one."""
         while True:
             try:
                 connection = self._idle.pop()
             except IndexError:
-                return self._new()
+                return None
             if self._is_usable(connection.sock):
                 return connection
             connection.close()
@@ -222,21 +244,24 @@ class Lines:
             pass
         return False
 
-    def _new(self) -> Any:
-        """A connection that has begun to connect."""
-        known = self._address
-        if known is None:
-            return None
+    def _new(self, known: Address) -> Any:
+        """A connection that has begun to connect; None if it cannot."""
         _, pool, family, address = known
         connection: Any = pool._new_conn()
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:
+            return None
         try:
             failure = begin_to_connect(sock, address, connection, self._sockets)
+        except OSError as error:
+            failure = error.errno or errno.EIO
         except BaseException:
             sock.close()
             raise
         if failure not in _UNDER_WAY:
             sock.close()
+            self.fail(known)
             return None
         connection.sock = sock
         return connection

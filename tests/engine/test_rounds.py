@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -254,3 +256,141 @@ def test_who_is_called_back_may_wait_for_another(loader: Callable[..., NetworkLo
             it.enqueue(request).add_done_callback(ask)
         assert over.wait(10)
         assert told == [True]
+
+
+def test_callbacks_of_a_batch_are_called_in_turn_though_one_is_wrong(loader: Callable[..., NetworkLoader]) -> None:
+    gate, told, over = threading.Event(), list[object](), threading.Event()
+
+    def fail(_: object) -> None:
+        told.append("wrong")
+        raise ValueError("a callback's own")
+
+    with Wire(always=lambda request: [gate, good(request)]) as wire:
+        future = loader(wire).enqueue(requests(1)[0])
+        future.add_done_callback(fail)
+        future.add_done_callback(lambda one: told.append(one))
+        future.add_done_callback(lambda _: over.set())
+        gate.set()
+        assert over.wait(10)
+        assert told == ["wrong", future]
+
+
+def test_what_is_to_be_called_back_is_though_the_loader_is_closed_meanwhile(
+    loader: Callable[..., NetworkLoader],
+) -> None:
+    with Wire(always=good) as wire:
+        it = loader(wire)
+        told: list[object] = []
+        futures = it.enqueue_many(requests())
+        for future in futures:
+            future.add_done_callback(told.append)
+        futures[0].result(10)
+        it.close()
+        assert len(told) == COUNT
+
+
+def test_without_a_file_descriptor_to_spare_each_comes_by_itself(
+    loader: Callable[..., NetworkLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(socket, "socketpair", refuse)
+    with Wire(always=good) as wire:
+        results = [future.result(10) for future in loader(wire).enqueue_many(requests())]
+        assert [bytes(result.data) for result in results] == [body(APART * n) for n in range(COUNT)]
+
+
+def test_where_no_thread_can_be_started_what_is_slow_comes_once(
+    loader: Callable[..., NetworkLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, start, refused = threading.Event(), threading.Thread.start, list[str]()
+
+    def refuse(thread: threading.Thread) -> None:
+        if "holotensor-fetch" in thread.name:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with Wire(always=scripted(lambda request: [good(request)[:30], late, good(request)[30:]])) as wire:
+        it = loader(wire, max_concurrent=8, timeout=2.0)
+        futures = it.enqueue_many(requests()[BAD : BAD + 1])  # one worker
+        wire.await_requests(1)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        while not refused:  # it is slow: another worker is wanted
+            threading.Event().wait(0.01)
+        monkeypatch.undo()
+        late.set()
+        assert futures[0].result(10).is_success
+        assert all(future.result(10).is_success for future in it.enqueue_many(requests()))
+        assert sum(is_bad(request) for request in wire.requests) <= 2  # the second time it was asked for anew
+        deadline = time.monotonic() + 5
+        while it._fetcher.stats().workers and time.monotonic() < deadline:
+            threading.Event().wait(0.01)
+        assert it._fetcher.stats().workers == 0
+
+
+def test_a_defect_as_something_has_come_is_told_and_gives_the_connections_back(
+    loader: Callable[..., NetworkLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Wire(always=good) as wire:
+        it = loader(wire, max_concurrent=8)
+        courier = it._fetcher._courier
+        whole, struck = courier.returned, []
+
+        def returned(came: Any) -> Any:
+            if not struck:
+                struck.append(len(came))
+                raise RuntimeError("a defect")
+            return whole(came)
+
+        monkeypatch.setattr(courier, "returned", returned)
+        results = [future.result(10) for future in it.enqueue_many(requests())]
+        failed = [result for result in results if not result.is_success]
+        assert len(failed) == struck[0]
+        assert all("a defect" in str(result.error) for result in failed)
+        assert it.load(LoadRequest("again", "file", byte_range=(0, LENGTH - 1))).is_success
+        it.close()
+        assert it.stats().connections == 0
+
+
+def test_what_was_asked_for_comes_though_somebody_wants_silence_since(loader: Callable[..., NetworkLoader]) -> None:
+    silent, late = threading.Event(), threading.Event()
+
+    def told(request: Request) -> Script:
+        if is_bad(request):
+            return [late, answer(b"no", status=429, retry_after=100)]
+        return [silent, good(request)]
+
+    with Wire(always=told) as wire:
+        it = loader(wire, max_concurrent=8, timeout=1.0, retry=RetryConfig(max_retries=0))
+        futures = it.enqueue_many(requests()[BAD : BAD + 2])
+        wire.await_requests(2)
+        late.set()
+        assert isinstance(futures[0].result(10).error, RateLimited)
+        while it._fetcher._rounds.is_on:  # it is slow, and given a worker of its own
+            threading.Event().wait(0.01)
+        silent.set()
+        assert futures[1].result(10).is_success
+
+
+def test_a_server_that_serves_few_at_a_time_serves_all(loader: Callable[..., NetworkLoader]) -> None:
+    lock, busy = threading.Lock(), list[Request]()
+
+    def told(request: Request) -> Iterator[Any]:
+        with lock:
+            is_one_too_many = len(busy) >= 2
+            if not is_one_too_many:
+                busy.append(request)
+        if is_one_too_many:
+            yield answer(b"no", status=503)
+            return
+        yield 0.01
+        with lock:
+            busy.remove(request)
+        yield good(request)
+
+    with Wire(always=told) as wire:
+        it = loader(wire, max_concurrent=16, retry=RetryConfig(max_retries=1, initial_backoff=0.1, jitter=False))
+        results = [future.result(60) for future in it.enqueue_many(requests())]
+        assert all(result.is_success for result in results), [r.error for r in results if not r.is_success][:3]
