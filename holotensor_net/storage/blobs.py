@@ -36,6 +36,7 @@ from .files import (
     flat,
     is_gone,
     is_held,
+    is_remote,
     opened,
     private_name,
     read_all,
@@ -46,6 +47,7 @@ from .files import (
     translated,
 )
 from .journal import Journal, blocks, span_of
+from .memory import MemoryPart
 from .parts import PartFile
 
 __all__ = ["BlobStore", "Left", "is_worth_a_sync"]
@@ -54,7 +56,7 @@ _T = TypeVar("_T")
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TOKEN = re.compile(r"[0-9a-f]{32}")
-_MAPPING_PAYS_FROM = 1 << 16
+_FLUSHED_FROM = 1 << 18  # bytes; also those from which a file is mapped: what was not flushed must not be
 _LARGE_PAGE = 1 << 21
 _BACKDATED = 2_000_000_000
 
@@ -116,12 +118,23 @@ class BlobStore:
         then is hashed before it is handed out, once in the life of this object; one that was never flushed, each time.
         The view outlives the blob.
         """
+        if not is_worth_a_sync(size):
+            return self.read(digest, size)
         trusted = {None if self._verify_first else stamp, self._stamps.get(digest)}
 
         def right(fd: int, status: os.stat_result) -> memoryview | None:
             view = self._view(fd, size)
             is_right = len(view) == size and (status.st_mtime_ns in trusted or digest_of(view) == digest)
             return view if is_right else None
+
+        return self._read(digest, size, right)
+
+    def read(self, digest: str, size: int) -> memoryview | None:
+        """:meth:`open` for what may never have been flushed: the bytes are read and hashed each time."""
+
+        def right(fd: int, _: os.stat_result) -> memoryview | None:
+            data = read_all(fd, size)
+            return memoryview(data) if len(data) == size and digest_of(data) == digest else None
 
         return self._read(digest, size, right)
 
@@ -137,14 +150,13 @@ class BlobStore:
 
         def right(fd: int, _: os.stat_result) -> bool | None:
             # Not of a mapping: where the disk gives an error, the system ends the process that looks into it.
-            with contextlib.suppress(OSError):
-                return span_of(blocks(fd, 0, size), 0).digest == digest or None
-            return None
+            return span_of(blocks(fd, 0, size), 0).digest == digest or None
 
         return self._read(digest, size, right) is not None
 
     def _read(self, digest: str, size: int, right: Callable[[int, os.stat_result], _T | None]) -> _T | None:
-        """What ``right`` gives of the blob, None if it is absent, or damaged: then ``right`` gives None."""
+        """What ``right`` gives of the blob, None if it is absent, or damaged: then ``right`` gives None, or the disk an
+        error to it."""
         path = self._place(digest)
         with self._reading:
             try:
@@ -154,6 +166,10 @@ class BlobStore:
                         if is_worth_a_sync(size):
                             self._stamps[digest] = status.st_mtime_ns
                         return found
+                except CacheError:  # there is no memory for it
+                    raise
+                except OSError:
+                    pass
                 finally:
                     os.close(fd)
             except (FileNotFoundError, NotADirectoryError):
@@ -405,14 +421,18 @@ class BlobStore:
             return make()
 
     def _view(self, fd: int, size: int) -> memoryview:
-        """The bytes of an open file, fewer only if it ends before: mapped, or read where mapping costs more or would
-        use up the descriptors.
+        """The bytes of a published file, fewer only if it ends before: mapped, unless others can take them away."""
+        return MemoryPart.of(fd, size).view() if is_remote(fd) else self._mapping(fd, size)
+
+    def _mapping(self, fd: int, size: int) -> memoryview:
+        """The bytes of an open file, fewer only if it ends before: mapped, or read where it is small, which costs less,
+        and where mapping would use up the descriptors.
 
         What the system has to read of it comes in large pages, where there are such: a mapped file that is not in
         memory would come in the smallest ones, and to touch a gibibyte of those takes eight times as long for as long
         as they stay there (measured: 157 and 20 ms).
         """
-        if size >= _MAPPING_PAYS_FROM and len(self._mapped) < _most_mappings():
+        if size >= _FLUSHED_FROM and len(self._mapped) < _most_mappings():
             with contextlib.suppress(OSError, ValueError):  # ValueError: it has just been cut
                 mapping = mmap.mmap(fd, size, **_MAP_OPTIONS)
                 if size >= _LARGE_PAGE and _IN_LARGE_PAGES >= 0:
@@ -420,7 +440,7 @@ class BlobStore:
                         mapping.madvise(_IN_LARGE_PAGES)
                 self._mapped.add(weakref.ref(mapping, self._mapped.discard))  # half the price of a WeakSet
                 return memoryview(mapping)
-        return memoryview(read_all(fd, size))
+        return MemoryPart.of(fd, size).view()
 
 
 def _is_aside(path: Path) -> bool:
@@ -438,11 +458,12 @@ def _can_be_resumed(path: Path) -> bool:
 
 
 def is_worth_a_sync(size: int) -> bool:
-    """Whether a blob is to be durable when it is published, so that nobody has to hash it when it is first opened.
+    """Whether a blob is to be durable when it is published, so that nobody has to hash it when it is first opened, and
+    it can be mapped: of what was not flushed, a mapping gives other bytes once the disk has failed to take them.
 
-    To hash a small one takes less time than to wait for the disk.
+    To read and hash a small one takes less time than to wait for the disk.
     """
-    return size >= 1 << 18
+    return size >= _FLUSHED_FROM
 
 
 def _most_mappings() -> int:

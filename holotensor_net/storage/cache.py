@@ -503,8 +503,8 @@ class _MemoryTier:
 
 
 def _lasting(view: memoryview, data: PartFile | memoryview, entry: CacheEntry) -> memoryview:
-    """The view, unless it is of a file that the disk may have lost bytes of."""
-    if isinstance(data, PartFile) and data.is_doubtful:
+    """The view, or one of a copy in memory, if it is of a file that the disk may have lost bytes of."""
+    if isinstance(data, PartFile) and not data.flush():
         return data.rescued(entry.digest or "")
     return view
 

@@ -34,6 +34,7 @@ __all__ = [
     "is_gone",
     "is_held",
     "is_in_memory",
+    "is_remote",
     "opened",
     "private_name",
     "read_all",
@@ -51,6 +52,10 @@ _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 CREATING = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 _PRIVATE = re.compile(r"([0-9a-f]*)\.(?:([0-9a-f]{12})-([0-9]{1,10}))?\.[0-9a-f]{32}")
+
+_MOUNTS = "/proc/self/mountinfo"
+_REMOTE = re.compile(r"nfs4?|cifs|smb[23]?|smbfs|9p|afs|coda|vboxsf|fuse(\..*)?")
+"""Others (Lustre, GPFS, CephFS) keep what is deleted elsewhere for as long as it is open here."""
 
 _mine: set[str] = set()
 """Names of private files that are in use in this process."""
@@ -186,21 +191,26 @@ def _machine() -> str:
 
 def is_in_memory(fd: int) -> bool:
     """Whether an open file lies in memory, as far as the system tells."""
-    device = os.fstat(fd).st_dev
-    return (os.major(device), os.minor(device)) in _memories()
+    return _kind_of(os.fstat(fd).st_dev) in ("tmpfs", "ramfs")
 
 
-@functools.cache
-def _memories() -> frozenset[tuple[int, int]]:
-    """The devices of file systems in memory (proc(5): the third field; the first one behind the dash)."""
-    found = set()
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+def is_remote(fd: int) -> bool:
+    """Whether an open file lies where another machine, or another program, can take its bytes away from under whoever
+    has mapped it, as far as the system tells."""
+    return _REMOTE.fullmatch(_kind_of(os.fstat(fd).st_dev)) is not None
+
+
+@functools.lru_cache(64)
+def _kind_of(device: int) -> str:
+    """Of which kind a mounted file system is, "" if that is not known (proc(5): the third field tells the device, the
+    first one behind the dash the kind)."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError, IndexError):
+        for line in Path(_MOUNTS).read_text(errors="replace").splitlines():
             mount, _, kind = line.partition(" - ")
-            if kind.split()[0] in ("tmpfs", "ramfs"):
-                major, _, minor = mount.split()[2].partition(":")
-                found.add((int(major), int(minor)))
-    return frozenset(found)
+            if mount.split()[2] == number and kind:
+                return kind.split()[0]
+    return ""
 
 
 def private_name(subject: str = "", *, owned: bool = True) -> str:

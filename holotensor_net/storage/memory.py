@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import NetworkError
+from ..errors import CacheError, NetworkError
 from ..values import blake3_hasher, blake3_of
 from .prefix import Prefix
 
@@ -40,6 +41,19 @@ class MemoryPart:
         self._stop = size
         if size and is_proved:
             self._prefix = Prefix(blake3_hasher())
+
+    @classmethod
+    def of(cls, fd: int, size: int) -> MemoryPart:
+        """The first ``size`` bytes of an open file, fewer only if it ends before. Raises OSError, or CacheError where
+        there is no room for them."""
+        try:
+            copy, length = cls(size), 0
+        except NetworkError as error:
+            raise CacheError(error.message) from error
+        while (room := copy.room(length, _STEP)) and (got := os.preadv(fd, [room], length)):
+            length += got
+        copy.truncate(length)
+        return copy
 
     def part(self, start: int, stop: int) -> MemoryPart:
         """Another fragment's part, which is bytes ``start`` up to ``stop`` of this one; each view keeps all of it."""

@@ -107,7 +107,7 @@ class PartFile:
     def view(self) -> memoryview:
         """A read-only view of what is there now; a later write may or may not show in it."""
         with self._using() as fd, translated("read a part file", self._store.root):
-            return self._store._view(fd, self._size(fd))
+            return self._store._mapping(fd, self._size(fd))
 
     def truncate(self, size: int) -> None:
         """Cut the file to ``size`` bytes. No view of it may be read beyond that any more."""
@@ -148,22 +148,21 @@ class PartFile:
         """It counts as a blob from now on."""
         self._store._filling.pop(self.path.name, None)
 
-    @property
-    def is_doubtful(self) -> bool:
-        """Whether the disk has failed to take bytes: they are right until the system lets go of its copy, and others
+    def flush(self) -> bool:
+        """Whether the disk has taken all bytes: else they are right until the system lets go of its copy, and others
         from then on, in every view of the file."""
-        return self._lost != 0
+        with contextlib.suppress(OSError), self._using() as fd:
+            self._sync(fd, whole=True)
+        return not self._lost
 
     def rescued(self, digest: str) -> memoryview:
         """All bytes, read-only and in memory. Raises ChecksumMismatch if some are lost already."""
         with self._using() as fd:
-            copy = MemoryPart(self._size(fd))
             try:
-                length = 0
-                for block in blocks(fd, 0, self._size(fd)):
-                    copy.write(length, block)
-                    length += len(block)
+                copy = MemoryPart.of(fd, self._size(fd))
                 actual = copy.digest()
+            except CacheError:
+                raise
             except OSError as error:
                 actual = str(error)
         if actual != digest:

@@ -6,9 +6,8 @@
     root/blobs/…                     the bytes (see blobs)
 
 The file system is the index, as in the cache of fragments: whoever reads finds the old result, the new one, or none,
-whatever was killed in between. Nothing waits for the disk: what a loss of power leaves does not fit its digest, and
-blobs are hashed when they are first read, so that damage of any kind is a miss. The time of a document's file says when
-it was last used.
+whatever was killed in between. Nothing waits for the disk: everything is read and hashed each time, so that what the
+disk has lost, and damage of any other kind, is a miss. The time of a document's file says when it was last used.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ Blobs: TypeAlias = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A document, and read-only views of its files, which stay valid whatever becomes of the store."""
+    """A document, and its files in memory, read-only."""
 
     document: Any
     files: tuple[memoryview, ...]
@@ -78,13 +77,13 @@ class ResultStore:
         self._sweeping = threading.Lock()
 
     def get(self, key: str) -> Stored | None:
-        """What was put under the key; None if that is nothing, or damaged."""
+        """What was put under the key; None if that is nothing, or damaged. It is read and hashed each time."""
         path = self._path_of(key)
         found = self._read(path)
         if found is None:
             return None
         document, blobs = found
-        views = [view for digest, size in blobs if (view := self._blobs.open(digest, size)) is not None]
+        views = [view for digest, size in blobs if (view := self._blobs.read(digest, size)) is not None]
         if len(views) < len(blobs):
             self.remove(key)
             return None

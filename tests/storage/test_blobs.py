@@ -20,7 +20,7 @@ import pytest
 from blake3 import blake3
 
 from holotensor_net.errors import CacheError, InsufficientDisk
-from holotensor_net.storage import blobs, journal, parts
+from holotensor_net.storage import blobs, journal, memory, parts
 from holotensor_net.storage import files as owners
 from holotensor_net.storage.blobs import BlobStore
 from holotensor_net.storage.files import digest_of, flat, is_in_memory, opened, read_all
@@ -28,9 +28,9 @@ from holotensor_net.storage.journal import Journal
 from holotensor_net.storage.parts import PartFile
 from holotensor_net.storage.prefix import Prefix
 
-LARGE = 1 << 17  # mapped; smaller ones are read
-FLUSHED = 1 << 18  # so that its file's time can be believed; smaller ones are hashed each time
-SIZES = (0, 1, 4096, LARGE - 1, LARGE, LARGE + 1)
+LARGE = 1 << 17
+FLUSHED = 1 << 18  # so that its file's time is believed, and it is mapped; smaller ones are read and hashed each time
+SIZES = (0, 1, 4096, LARGE, FLUSHED - 1, FLUSHED, FLUSHED + 1)
 
 
 def files(root: Path) -> list[Path]:
@@ -147,7 +147,7 @@ class TestOpen:
         assert view == data
         assert view is not None
         assert view.readonly
-        assert isinstance(view.obj, mmap.mmap) == (size >= 1 << 16)
+        assert isinstance(view.obj, mmap.mmap) == (size >= FLUSHED)
         assert list(store.digests()) == [(digest, size)]
         assert store.has(digest, size)
         assert not store.has(digest, size + 1)
@@ -259,6 +259,73 @@ class TestOpen:
         rot_unseen(store.path_of(digest))
         assert reader.open(digest, size) is None
 
+    @pytest.mark.parametrize("size", [1, LARGE, FLUSHED - 1])
+    @pytest.mark.parametrize("way", ["put", "adopted", "adopted, of any size", "found beside"])
+    def test_views_of_what_was_not_flushed_stay_right_whatever_the_disk_loses(
+        self, store: BlobStore, size: int, way: str
+    ) -> None:
+        data = os.urandom(size)
+        digest = digest_of(data)
+        if way != "adopted, of any size":
+            store.put(data)
+        view = store.open(digest, size)
+        if way != "put":
+            with store.create(None if "any" in way else size) as part:
+                part.write(0, data)
+                if way != "found beside":
+                    store.remove(digest)
+                view = part.publish(digest, durable=False)
+        assert view == data
+        rot_unseen(store.path_of(digest))
+        assert view == data
+
+    @pytest.mark.parametrize("way", ["put", "adopted", "read"])
+    def test_what_another_machine_may_delete_or_cut_is_not_mapped(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch, way: str
+    ) -> None:
+        """As a look into it would end the process then."""
+        monkeypatch.setattr(blobs, "is_remote", lambda fd: True)
+        data = os.urandom(3 * FLUSHED)
+        digest = digest_of(data)
+        with store.create(len(data)) as part:
+            part.write(0, data)
+            view: memoryview | None = part.publish(digest) if way == "adopted" else None
+        if way != "adopted":
+            store.put(data)
+            view = (BlobStore(store.root) if way == "read" else store).open(digest, len(data))
+        os.truncate(store.path_of(digest), 0)
+        assert view == data
+        assert view.readonly
+
+    def test_what_there_is_no_memory_for_is_an_error_and_stays(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        digest = store.put(bytes(FLUSHED))
+
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as scarce:
+            scarce.setattr(blobs, "is_remote", lambda fd: True)
+            scarce.setattr(memory, "_memory", fail)
+            with pytest.raises(CacheError, match="no memory"):
+                store.open(digest, FLUSHED)
+        assert store.open(digest, FLUSHED) == bytes(FLUSHED)
+
+    @pytest.mark.parametrize("size", [1, LARGE])
+    def test_what_the_disk_cannot_give_is_set_aside(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch, size: int
+    ) -> None:
+        digest = store.put(os.urandom(size))
+
+        def fail(*_: object) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        for read in ("pread", "preadv"):
+            monkeypatch.setattr(os, read, fail)
+        assert store.open(digest, size) is None
+        assert [path.parent.name for path in files(store.root)] == ["quarantine"]
+
     def test_link_pipe_and_folder_are_refused_without_waiting(self, store: BlobStore, tmp_path: Path) -> None:
         secret = tmp_path / "secret"
         secret.write_bytes(b"abc")
@@ -294,12 +361,12 @@ class TestOpen:
 
     def test_mappings_leave_descriptors_for_others(self, store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(blobs, "_most_mappings", lambda: 2)
-        digest = store.put(bytes(LARGE))
-        views = [store.open(digest, LARGE) for _ in range(4)]
+        digest = store.put(bytes(FLUSHED))
+        views = [store.open(digest, FLUSHED) for _ in range(4)]
         assert [isinstance(view.obj, mmap.mmap) for view in views if view is not None] == [True, True, False, False]
-        assert all(view == bytes(LARGE) for view in views)
+        assert all(view == bytes(FLUSHED) for view in views)
         del views
-        assert isinstance(store.open(digest, LARGE).obj, mmap.mmap)  # type: ignore[union-attr]
+        assert isinstance(store.open(digest, FLUSHED).obj, mmap.mmap)  # type: ignore[union-attr]
 
     def test_limit_of_mappings_follows_the_limit_of_open_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(blobs, "_MAPPING_KEEPS_FD", True)
@@ -311,14 +378,14 @@ class TestOpen:
         assert blobs._most_mappings() == sys.maxsize
 
     def test_where_nothing_can_be_mapped_it_is_read(self, store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        data = os.urandom(LARGE)
+        data = os.urandom(FLUSHED)
         digest = store.put(data)
 
         def fail(*_: object, **__: object) -> None:
             raise OSError(errno.ENODEV, "No such device")
 
         monkeypatch.setattr(mmap, "mmap", fail)
-        assert store.open(digest, LARGE) == data
+        assert store.open(digest, FLUSHED) == data
 
     @pytest.mark.parametrize("size", [1 << 21, (1 << 21) - 1])
     def test_what_is_long_is_read_in_large_pages_where_there_are_such(self, store: BlobStore, size: int) -> None:
@@ -745,6 +812,24 @@ class TestFailingDisk:
         with pytest.raises(InsufficientDisk):
             store.create(1 << 60)
         assert files(store.root) == []
+
+    def test_it_is_known_which_file_systems_are_elsewhere(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "mountinfo").write_text(
+            "36 35 0:1 / /a rw shared:1 - nfs4 host:/a rw\n37 35 0:2 / /b rw - fuse.sshfs host: rw\n"
+            "38 35 0:3 / /c rw - ext4 /dev/vda rw\n39 35 garbled\n40 35 0:4 / /d - fuse x rw\n"
+            "41 35 0:5 / /e rw a:1 b:2 - fuseblk /dev/vdb rw\n42 35 0:6 / /f - cifs //host/f rw\n"
+        )
+        monkeypatch.setattr(owners, "_MOUNTS", str(tmp_path / "mountinfo"))
+        kinds = {number: owners._kind_of.__wrapped__(os.makedev(0, number)) for number in range(8)}
+        assert kinds == {0: "", 1: "nfs4", 2: "fuse.sshfs", 3: "ext4", 4: "fuse", 5: "fuseblk", 6: "cifs", 7: ""}
+        with (tmp_path / "mountinfo").open() as file:
+            assert not owners.is_remote(file.fileno())
+            for number, kind in kinds.items():
+                monkeypatch.setattr(owners, "_kind_of", lambda device, kind=kind: kind)
+                assert owners.is_remote(file.fileno()) == (number in (1, 2, 4, 6))
+        monkeypatch.setattr(owners, "_MOUNTS", str(tmp_path / "absent"))
 
     @pytest.mark.parametrize("kind", ["tmpfs", "proc"])
     def test_it_is_known_which_file_systems_are_memory(self, kind: str) -> None:

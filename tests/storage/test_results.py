@@ -186,6 +186,24 @@ def test_damaged_file_is_a_miss(store: ResultStore, size: int, damage: str) -> N
     assert contents(store, KEY) == (1, [b"x" * size, b"y"])
 
 
+@pytest.mark.parametrize("size", [100, 100_000, 1 << 18, 1 << 20])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_bytes_that_the_disk_has_lost_are_never_given(store: ResultStore, size: int, is_new: bool) -> None:
+    """Nothing is flushed: where the system fails to write a file, its bytes change some time, and not its time."""
+    store.put(KEY, 1, [[b"x" * size]])
+    reader = ResultStore(store.root, LARGE) if is_new else store
+    before = reader.get(KEY)
+    assert before is not None
+    (path,) = files(store, "blobs")
+    written = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"\0" * size)
+    os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
+    assert before.files[0] == b"x" * size
+    assert reader.get(KEY) is None
+    assert files(store, "results") == []
+
+
 def test_result_that_meets_a_damaged_file_is_missed_once(store: ResultStore) -> None:
     store.put(KEY, 1, [[b"x" * 5000]])
     (path,) = files(store, "blobs")
