@@ -465,8 +465,9 @@ class RequestCache:
 
 def _says_the_same(one: HeadInfo, other: HeadInfo) -> bool:
     """Whether two answers say the same of their object, and of how long and for whom they are good."""
-    is_same = one.size == other.size and one.validator == other.validator
-    return is_same and all(one.headers.get(name) == other.headers.get(name) for name in ("cache-control", "vary"))
+    said, says = one.headers, other.headers
+    is_same = one.size == other.size and said.get("cache-control") == says.get("cache-control")
+    return is_same and said.get("vary") == says.get("vary") and one.validator == other.validator
 
 
 def _blake3_in(checksum: str | None) -> str | None:

@@ -136,7 +136,7 @@ class CacheEntry:
 
     def told(self, headers: Mapping[str, str]) -> CacheEntry:
         """This entry with the headers of another answer that says the same of the object; those that are ``kept``."""
-        return _made({**self.__dict__, "headers": headers})
+        return self if headers is self.headers else _made({**self.__dict__, "headers": headers})
 
     def used(self, count: int, last: float) -> CacheEntry:
         """This entry after ``count`` more uses, the last of them at ``last``."""

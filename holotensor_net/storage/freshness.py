@@ -245,13 +245,21 @@ class _Kept(dict[str, str]):
 
 
 def kept(headers: Headers) -> Headers:
-    """The headers that may be stored, names in lower case."""
+    """The headers that may be stored, names in lower case. Equal ones are mostly the same object."""
     if isinstance(headers, _Kept):
         return headers
-    if KEPT_HEADERS.issuperset(headers):
-        return _Kept(headers)
-    lower = ((name.lower(), value) for name, value in headers.items())
-    return _Kept((name, value) for name, value in lower if name in KEPT_HEADERS)
+    names = _names_to_keep(tuple(headers))
+    return _kept(names, tuple(map(headers.__getitem__, names)))
+
+
+@functools.lru_cache(64)
+def _names_to_keep(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name.lower() in KEPT_HEADERS)
+
+
+@functools.lru_cache(64)
+def _kept(names: tuple[str, ...], values: tuple[str, ...]) -> Headers:
+    return _Kept(zip(map(str.lower, names), values, strict=True))
 
 
 def is_storable(headers: Headers) -> bool:

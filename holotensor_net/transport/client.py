@@ -343,9 +343,8 @@ class HttpClient:
 
     def _begun(self, ask: Ask, own: Mapping[str, str]) -> Begun | None:
         state = Transfer.of(ask)
-        conditions = _conditions(state)
-        _check_sendable(conditions)
-        call = self._lines.call(Request("GET", self._url_of(ask.path), own, conditions))
+        request = Request("GET", self._url_of(ask.path), own, _conditions(state))
+        call = self._lines.call(request, 0 if ask.byte_range is None else ask.byte_range.length)
         return None if call is None else Begun(call, state, own)
 
     def read(self, begun: Begun, open_sink: OpenSink) -> Answer | None:

@@ -25,6 +25,7 @@ __all__ = ["BRIEF", "Call", "Lines"]
 BRIEF = 1 << 16
 """Bytes of a body that is read together with its head, at most."""
 
+_HEAD = 1 << 11  # bytes that a head mostly has at most
 _LONGEST_HEAD = 1 << 14
 _MOST_STRIKES = 64
 _END = b"\r\n\r\n"
@@ -41,10 +42,11 @@ class Call:
     the ordinary way to read what comes of it.
     """
 
-    __slots__ = ("_address", "_came", "_connection", "_lines", "_sock", "_unsent", "fd", "is_unusual")
+    __slots__ = ("_address", "_came", "_connection", "_lines", "_most", "_sock", "_unsent", "fd", "is_unusual")
 
-    def __init__(self, lines: Lines, connection: Any, address: Address | None, head: bytes) -> None:
+    def __init__(self, lines: Lines, connection: Any, address: Address | None, head: bytes, length: int) -> None:
         self._lines, self._connection, self._address = lines, connection, address
+        self._most = min(length, BRIEF) + _HEAD  # room for more would cost half as much again as to receive it
         self._sock: socket.socket = connection.sock
         self._unsent, self._came = head, b""
         self.fd = self._sock.fileno()
@@ -68,7 +70,7 @@ class Call:
     def receive(self) -> tuple[PlainHead, memoryview] | None:
         """The answer, once all of it has come; None before that, and if it is unusual."""
         try:
-            came = self._sock.recv(BRIEF + _LONGEST_HEAD)
+            came = self._sock.recv(self._most)
         except BlockingIOError:
             return None
         except OSError:
@@ -180,8 +182,8 @@ class Lines:
         if not self.is_plain and self._strikes < _MOST_STRIKES:
             self.is_plain = True
 
-    def call(self, request: Request) -> Call | None:
-        """Ask; None if that has to be done the ordinary way. Nothing waits."""
+    def call(self, request: Request, length: int) -> Call | None:
+        """Ask for so many bytes; None if that has to be done the ordinary way. Nothing waits."""
         address = None
         connection = self._waiting()
         if connection is None:
@@ -193,7 +195,7 @@ class Lines:
         if head is None:
             self.put(connection)
             return None
-        call = Call(self, connection, address, head)
+        call = Call(self, connection, address, head, length)
         call.send()
         return call
 

@@ -36,7 +36,7 @@ def request(url: str) -> Request:
 
 def call(lines: Lines, url: str) -> Call:
     assert lines.lead(way_of(url, True, {}))
-    begun = lines.call(request(url))
+    begun = lines.call(request(url), 100)
     assert begun is not None
     return begun
 
@@ -115,7 +115,7 @@ def test_another_address_is_tried_however_many_failed_at_the_first(
     with Wire(always=PLAIN) as wire:
         two_addresses(monkeypatch, wire.port)
         assert lines.lead(way_of(wire.url, True, {}))
-        begun = [lines.call(request(wire.url)) for _ in range(4)]  # an even number of failures
+        begun = [lines.call(request(wire.url), 100) for _ in range(4)]  # an even number of failures
         for one in begun:
             if one is not None:
                 while one.may_send and not one.is_unusual:
