@@ -27,10 +27,10 @@ __all__ = ["LoaderStats", "NetworkLoader"]
 
 
 _GATHERING = 0.1
-"""Seconds for which what is enqueued together is gathered before it is begun with: some thousand fragments."""
+"""Seconds for which what is enqueued together is gathered before it is begun with, if it is no batch by then."""
 
 _BATCH = 1024
-"""Fragments that are asked of the cache, and then queued, at one go; so many neighbours are joined in any case."""
+"""Fragments that are asked of the cache, queued, and begun with at one go: so many are joined in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +181,9 @@ class NetworkLoader:
         try:
             for request in requests:
                 gathered.append(request)
-                is_due = time.monotonic() >= begin_at
-                if is_due or len(gathered) >= _BATCH:
+                if len(gathered) >= _BATCH or time.monotonic() >= begin_at:
                     batch, gathered = gathered, []
                     futures.extend(self._enqueue_all(batch))
-                if is_due:
                     self._fetcher.start()
                     begin_at = time.monotonic() + _GATHERING
         except Exception:  # of whoever makes the requests: those that were made before are under way

@@ -155,6 +155,23 @@ def test_what_is_enqueued_together_is_asked_for_together(
     assert loader.stats().requests == 1
 
 
+def test_a_batch_is_begun_with_while_more_is_enqueued(
+    make: Make, served: Callable[..., Origin], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_GATHERING", 1e6)
+    monkeypatch.setattr(room, "_BATCH", 3)
+    loader = make(served().url, cache_dir=False)
+
+    def requests() -> Iterator[LoadRequest]:
+        for number in range(3):
+            yield LoadRequest(f"{number}", "file", byte_range=(number, number + 1))
+        until(lambda: loader.stats().completed == 3)
+        yield LoadRequest("last", "file", byte_range=(3, 4))
+
+    assert b"".join(map(got, loader.enqueue_many(requests()))) == DATA[:4]
+    assert loader.stats().requests == 2
+
+
 def test_equal_requests_of_one_batch_share_a_future(make: Make, served: Callable[..., Origin]) -> None:
     first, second, other = make(served().url).enqueue_many([REQUEST, REQUEST, LoadRequest("other", "file")])
     assert first is second
