@@ -177,6 +177,8 @@ class Lane:
         """Bytes have come, of a piece in flight or of none, which was not read for ``spent`` seconds of the time since
         the last: files were written to. Gives whether more connections may be used than before."""
         if piece is not None:
+            if not self._most_served:
+                self._moves_since = now  # the first bytes: what came before them was no movement
             self._served.add(piece)
             self._most_served = max(self._most_served, len(self._served))
             self._answered = max(self._answered, self._ranks.pop(piece, 0))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import ConfigurationError
 
@@ -122,6 +122,7 @@ class ConcurrencyController:
         self._trial: int | None = None
         self._trial_rate = _Mean()
         self._looks: list[tuple[float, float]] | None = []  # of a climb: the logarithm of the rate, and seconds
+        self._debt = _Debt()
         self._too_few = 0  # the largest number that is known to be too few
         self._settling = 0.0
         self._unused = 0
@@ -139,6 +140,7 @@ class ConcurrencyController:
         heir._base = min(self._base, ceiling)
         heir._rest()
         heir._sampler = _Sampler()
+        heir._debt = _Debt()
         if not is_found or heir._refusals.is_forgiving:
             heir._forget()
             heir._looks = []
@@ -184,6 +186,8 @@ class ConcurrencyController:
     def revise(self, interval: Interval) -> int:
         """Learn from an interval; gives the limit for the next."""
         self._round_trip = interval.round_trip
+        if self._looks is not None:
+            interval = replace(interval, bytes=interval.bytes - self._debt.paid(interval))
         if self._refusals.are_too_many(interval, self.limit, is_trial=self.limit > self._base):
             self._back_off(interval.served)
         elif self._refusals.is_deaf and not interval.refusals:
@@ -201,6 +205,7 @@ class ConcurrencyController:
         no need of another look. A climb goes on."""
         if self._looks is not None:
             looks = [*self._looks, *self._sampler.rest()]
+            self._debt = _Debt()
             self._climb_on(_together(looks) if looks else None)
 
     def _is_in_use(self, active: float) -> bool:
@@ -243,13 +248,17 @@ class ConcurrencyController:
     def _climb_on(self, rate: float | None) -> None:
         """Take the number that is tried for the base, and try twice as many, or as many as may be tried. What came
         beyond proportion was a burst. ``rate``: None if it is not known."""
+        most = math.inf
         if self._trial is not None:
-            if self._base_rate.count and rate is not None:
-                rate = min(rate, self._base_rate.value + math.log(self.limit / self._base))
+            if self._base_rate.count:
+                most = self._base_rate.value + math.log(self.limit / self._base)
             self._grow()
+        if self._looks is None:
+            self._debt = _Debt()
+        usual = self._debt.reckon(most)
         self._base_rate = _Mean()
         if rate is not None:
-            self._base_rate.add(rate)
+            self._base_rate.add(min(most, max(rate, usual)))
         self._rest()
         level = self._refusals.allow(self._base, 2 * self._base)
         if level > self._base:
@@ -495,6 +504,49 @@ class _Sampler:
         rate, self.took = self._bytes / self._seconds, self._seconds
         self.clear()
         return rate
+
+
+class _Debt:
+    """What a path owes: where a packet is lost, what follows it waits for it to come again, and then comes at one go.
+    That is not the rate of the connections that there are by then.
+
+    What is usual at a rung is what half of its time brought at least: the debt is what came less than that lately. A
+    path that stands still for longer than it moved owes nothing, as it is not full.
+    """
+
+    def __init__(self) -> None:
+        self._usual = 0.0  # bytes/s, at the rung before
+        self._owed = 0.0  # bytes
+        self._seen: list[tuple[float, float]] = []  # at this rung: bytes/s, without what was owed, and seconds
+
+    def paid(self, interval: Interval) -> int:
+        """Bytes of an interval that were owed."""
+        if interval.seconds <= 0:
+            return 0
+        beyond = interval.bytes - self._usual * interval.seconds
+        paid = max(0, int(min(self._owed, beyond)))
+        self._owed = max(0.0, self._owed - beyond)
+        self._seen.append(((interval.bytes - paid) / interval.seconds, interval.seconds))
+        return paid
+
+    def reckon(self, most: float) -> float:
+        """Another rung begins; gives the logarithm of what was usual at this one, of ``most`` at most."""
+        usual = min(most, _usual(self._seen))
+        self._usual, self._owed = math.exp(usual), 0.0
+        for rate, seconds in self._seen:
+            self._owed = max(0.0, self._owed + (self._usual - rate) * seconds)
+        self._seen.clear()
+        return usual
+
+
+def _usual(seen: Sequence[tuple[float, float]]) -> float:
+    """The logarithm of the rate that half of the seconds bring at least."""
+    half = sum(seconds for _, seconds in seen) / 2
+    for rate, seconds in sorted(seen):
+        half -= seconds
+        if half <= 0:
+            return math.log(rate) if rate > 0 else -math.inf
+    return -math.inf
 
 
 def _together(looks: Sequence[tuple[float, float]]) -> float:

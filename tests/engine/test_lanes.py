@@ -74,6 +74,15 @@ def test_a_silence_of_less_than_some_round_trips_tells_nothing() -> None:
     assert at.delay(0.001) == pytest.approx(0.2)
 
 
+def test_what_passes_before_the_first_bytes_is_no_movement() -> None:
+    at = lane()
+    pieces = [next(NAMES) for _ in range(4)]
+    for piece in pieces:
+        at.begin(piece, 0.001)
+    moved(at, pieces, (0.02, 0.03))
+    assert at.delay(0.03) == pytest.approx(0.01)
+
+
 def test_as_long_as_one_is_not_answered_a_silence_tells_nothing() -> None:
     at = lane()
     begun(at, 0.001, until=3)

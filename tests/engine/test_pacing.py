@@ -468,6 +468,41 @@ def test_what_comes_beyond_proportion_does_not_end_a_climb():
     assert controller.revise(Interval(0.1, 8_000_000, 32.0, True)) == 64
 
 
+def looked(controller, size, seconds=0.02):
+    return controller.revise(Interval(seconds, size, float(controller.limit), True))
+
+
+def behind_a_hole():
+    """A controller that has begun to try eight, of a path of 10 MB/s that stood still for a moment just before."""
+    controller = ConcurrencyController(64)
+    for size, seconds in ((600_000, 0.06), (20_000, 0.02), (120_000, 0.02)):
+        looked(controller, size, seconds)
+    assert controller.limit == 8
+    return controller
+
+
+def test_what_comes_at_one_go_after_a_hole_is_no_gain():
+    controller = behind_a_hole()
+    assert looked(controller, 400_000) == 8  # of which 200 000 are what the hole held back
+    assert looked(controller, 260_000) == 8
+    limits = [looked(controller, 200_000) for _ in range(8)]
+    assert max(limits) == 8
+    assert limits[-1] == 4  # eight bring what four did, but for the hole
+
+
+def test_a_gain_that_lasts_longer_than_what_a_hole_held_back_is_believed():
+    controller = behind_a_hole()
+    assert [looked(controller, 400_000) for _ in range(3)] == [8, 8, 16]
+
+
+def test_a_path_that_stood_still_for_longer_than_it_moved_owes_nothing():
+    controller = ConcurrencyController(64)
+    for size, seconds in ((600_000, 0.03), (20_000, 0.05), (120_000, 0.02)):
+        looked(controller, size, seconds)
+    assert controller.limit == 8
+    assert looked(controller, 400_000) == 16
+
+
 # -- bounds
 
 
