@@ -216,21 +216,22 @@ def test_no_more_connections_than_an_endpoint_may_have(loader: Callable[..., Net
         assert wire.connections <= 2
 
 
-def test_a_defect_at_the_beginning_is_told_and_gives_the_connections_back(
-    loader: Callable[..., NetworkLoader], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["depart", "returned"])
+def test_a_defect_on_the_way_is_told_and_gives_the_connections_back(
+    loader: Callable[..., NetworkLoader], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     with Wire(always=good) as wire:
         it = loader(wire, max_concurrent=8)
         courier = it._fetcher._courier
-        whole, struck = courier.depart, []
+        whole, struck = getattr(courier, step), []
 
-        def depart(going: Any) -> Any:
+        def once(those: Any) -> Any:
             if not struck:
-                struck.append(len(going))
+                struck.append(len(those))
                 raise RuntimeError("a defect")
-            return whole(going)
+            return whole(those)
 
-        monkeypatch.setattr(courier, "depart", depart)
+        monkeypatch.setattr(courier, step, once)
         results = [future.result(10) for future in it.enqueue_many(requests())]
         failed = [result for result in results if not result.is_success]
         assert len(failed) == struck[0]
@@ -328,30 +329,6 @@ def test_where_no_thread_can_be_started_what_is_slow_comes_once(
         while it._fetcher.stats().workers and time.monotonic() < deadline:
             threading.Event().wait(0.01)
         assert it._fetcher.stats().workers == 0
-
-
-def test_a_defect_as_something_has_come_is_told_and_gives_the_connections_back(
-    loader: Callable[..., NetworkLoader], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Wire(always=good) as wire:
-        it = loader(wire, max_concurrent=8)
-        courier = it._fetcher._courier
-        whole, struck = courier.returned, []
-
-        def returned(came: Any) -> Any:
-            if not struck:
-                struck.append(len(came))
-                raise RuntimeError("a defect")
-            return whole(came)
-
-        monkeypatch.setattr(courier, "returned", returned)
-        results = [future.result(10) for future in it.enqueue_many(requests())]
-        failed = [result for result in results if not result.is_success]
-        assert len(failed) == struck[0]
-        assert all("a defect" in str(result.error) for result in failed)
-        assert it.load(LoadRequest("again", "file", byte_range=(0, LENGTH - 1))).is_success
-        it.close()
-        assert it.stats().connections == 0
 
 
 def test_what_was_asked_for_comes_though_somebody_wants_silence_since(loader: Callable[..., NetworkLoader]) -> None:

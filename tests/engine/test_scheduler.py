@@ -1426,7 +1426,8 @@ def test_there_may_be_more_at_once_after_one_that_brings_others_along() -> None:
     assert ([len(piece.parts) for piece in taken], pause) == ([2], 0.0)
 
 
-def test_who_waits_for_a_turn_leaves_once_all_is_taken_together() -> None:
+@pytest.mark.parametrize("goes_along", [True, False])
+def test_who_waits_for_a_turn_leaves_once_all_is_taken_together_or_has_what_does_not_go_along(goes_along: bool) -> None:
     queue = scheduler(max_concurrent=1)
     queue.enqueue(part_of("a", 0, 10))
     first = queue.next(timeout=0)
@@ -1435,18 +1436,6 @@ def test_who_waits_for_a_turn_leaves_once_all_is_taken_together() -> None:
     with thread(queue.next) as result:
         wait_until_waiting(queue._changed)
         queue.came([first])
-        assert len(queue.next_all(lambda fragment: True, 10)[0]) == 1
-        assert result() is None
-
-
-def test_who_waits_for_a_turn_has_what_does_not_go_with_the_others() -> None:
-    queue = scheduler(max_concurrent=1)
-    queue.enqueue(part_of("a", 0, 10))
-    first = queue.next(timeout=0)
-    assert first is not None
-    queue.enqueue(part_of("b", 0, 10))
-    with thread(queue.next) as result:
-        wait_until_waiting(queue._changed)
-        queue.came([first])
-        assert queue.next_all(lambda fragment: False, 10)[0] == []
-        assert result() is not None
+        taken, _ = queue.next_all(lambda fragment: goes_along, 10)
+        assert len(taken) == goes_along
+        assert (result() is None) == goes_along
