@@ -34,7 +34,7 @@ __all__ = ["ResultStore", "Stored"]
 _SCHEMA = 1
 _ORPHANED_AFTER = 3600.0  # seconds without a write, for part files of other processes
 _DOCUMENT_DUE_WITHIN = 60.0  # seconds from publishing a blob
-_KEY = re.compile(r"[0-9a-f]{64}")
+_KEY = re.compile(r"[0-9a-f]{64}")  # and a digest
 
 Blobs: TypeAlias = tuple[tuple[str, int], ...]
 """Digest and size of each."""
@@ -226,4 +226,7 @@ def _parsed(text: bytes) -> tuple[Any, Blobs]:
     data = json.loads(body)
     if data["schema"] != _SCHEMA:
         raise ValueError("of another version")
-    return data["document"], tuple((str(digest), int(size)) for digest, size in data["blobs"])
+    blobs = tuple((digest, size) for digest, size in data["blobs"])
+    if not all(_KEY.fullmatch(digest) and type(size) is int and size >= 0 for digest, size in blobs):
+        raise ValueError("no blobs")
+    return data["document"], blobs

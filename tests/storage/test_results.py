@@ -134,6 +134,10 @@ DAMAGES: dict[str, bytes] = {
     "newer": rewritten(json.dumps({"schema": 2, "document": 1, "blobs": []}).encode()),
     "no blobs": rewritten(json.dumps({"schema": 1, "document": 1}).encode()),
     "garbled blobs": rewritten(json.dumps({"schema": 1, "document": 1, "blobs": [[1, 2, 3]]}).encode()),
+    **{
+        f"blob {blob}": rewritten(json.dumps({"schema": 1, "document": 1, "blobs": [blob]}).encode())
+        for blob in (["a" * 64, float("inf")], ["a" * 64, -1], ["a" * 64, 1.0], ["a" * 64, True], ["../a", 1], [1, 1])
+    },
     "bottomless": rewritten(b"[" * 100_000),
     "not UTF-8": b"\xff" * 64 + b"\n{}",
 }
