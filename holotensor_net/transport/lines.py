@@ -237,12 +237,12 @@ class Lines:
 
     def _is_usable(self, sock: socket.socket) -> bool:
         """Whether the server has neither closed it nor sent anything that nobody asked for."""
-        self._sockets.use(sock)
         try:
+            self._sockets.use(sock)
             sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return self._sockets.fit(sock)
-        except OSError:
+        except OSError:  # also once the client is closed
             pass
         return False
 

@@ -98,6 +98,18 @@ def test_a_long_answer_is_not_gathered(lines: Lines) -> None:
         begun.drop()
 
 
+def test_no_connection_is_forgotten_as_the_client_is_closed(lines: Lines) -> None:
+    with Wire(always=PLAIN) as wire:
+        begun = [call(lines, wire.url) for _ in range(3)]
+        for one in begun:
+            assert received(one) is not None
+            one.end()
+        lines._sockets.abort()  # what closing begins with
+        assert lines.call(request(wire.url)) is None
+        wire.await_closed()
+        assert [one._sock.fileno() for one in begun] == [-1] * 3
+
+
 def two_addresses(monkeypatch: pytest.MonkeyPatch, good: int) -> None:
     """A host has an address at which nobody is, and one that is right."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
