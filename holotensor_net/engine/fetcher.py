@@ -8,6 +8,7 @@ it has is kept only if a digest or the same strong validator proves that it belo
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 import weakref
@@ -37,6 +38,8 @@ from .scheduler import Piece, Scheduler
 from .turns import Move, Turns
 
 __all__ = ["Fetcher", "FetcherStats"]
+
+_log = logging.getLogger("holotensor_net.engine")
 
 _WORTH_RELIEF = 1 << 20
 """Bytes of a fragment from which publishing it takes longer than starting another worker."""
@@ -446,6 +449,7 @@ class Fetcher:
             take_in=self._take_in,
             fail=self._fail,
             apart=self._apart,
+            call_back=lambda calls: self._apart(partial(self._call_all, calls)),
             spawn=self._spawn,
         )
 
@@ -470,6 +474,15 @@ class Fetcher:
             with self._lock:
                 self._workers -= 1
             self._spawn()
+
+    def _call_all(self, calls: Sequence[Call]) -> None:
+        """Call whoever was to be called back, one after the other, as a future does."""
+        with self._relieved():
+            for call in calls:
+                try:
+                    call()
+                except Exception:
+                    _log.exception("a callback of a future failed")
 
     def _run(self, piece: Piece) -> None:
         if not self._sets_aside(piece):
@@ -661,7 +674,7 @@ class Fetcher:
 
     @contextlib.contextmanager
     def _relieved(self) -> Iterator[None]:
-        """While a worker hashes and flushes a long fragment, another may have its connection."""
+        """While a worker hashes and flushes a long fragment, or calls others back, another may have its connection."""
         with self._lock:
             self._workers -= 1
         self._spawn()

@@ -7,7 +7,6 @@ as may be under way, takes in what has come, and asks for more. What is unusual,
 from __future__ import annotations
 
 import contextlib
-import logging
 import select
 import socket
 import threading
@@ -24,8 +23,6 @@ from .races import Trip
 from .scheduler import Piece, Scheduler
 
 __all__ = ["TOLD_TOGETHER", "Hands", "Rounds"]
-
-_log = logging.getLogger("holotensor_net.engine")
 
 TOLD_TOGETHER = 32
 """Fragments that are told of at once: the first should not wait for the last to be on the disk."""
@@ -45,8 +42,8 @@ class Hands(NamedTuple):
 
     ``sets_aside``: whether a piece is not to be begun, and has been seen to; ``begin``: what a piece does for loads
     that want it; ``run`` and ``bring``: the ordinary way, from the beginning and from the request on; ``take_in``: what
-    has come; ``fail``: a defect is told to whoever waits for a piece; ``apart``: another worker does it; ``spawn``:
-    there may be work for others.
+    has come; ``fail``: a defect is told to whoever waits for a piece; ``apart``: another worker does it; ``call_back``:
+    another thread makes these calls, which may take as long as they like; ``spawn``: there may be work for others.
     """
 
     sets_aside: Callable[[Piece], bool]
@@ -56,6 +53,7 @@ class Hands(NamedTuple):
     take_in: Callable[[Sequence[tuple[Share, Answer]]], object]
     fail: Callable[[Piece, Sequence[Share], Exception], object]
     apart: Callable[[Call], object]
+    call_back: Callable[[Sequence[Call]], object]
     spawn: Call
 
 
@@ -133,10 +131,17 @@ class _Round:
         self._came: list[tuple[Trip, Answer]] = []  # that nobody has been told of
         self._since = 0.0  # when the first of these came
         self._pause: float | None = None  # seconds until more may be taken
+        self._calls: list[Call] = []  # that nobody has made
 
     def go(self, piece: Piece) -> None:
-        """Have brief pieces on the way, as many as may be, until there are none."""
+        """Have brief pieces on the way, as many as may be, until there are none. Whoever is called back may wait for
+        what comes on this very round: that is another thread's."""
         self._taken[piece] = []
+        with calling_later() as self._calls:
+            self._go()
+        self._call_back()
+
+    def _go(self) -> None:
         try:
             while self._taken or self._watch or self._came:
                 self._depart()
@@ -181,6 +186,7 @@ class _Round:
             del taken[piece]
             if trip is None:
                 hands.apart(partial(hands.bring, piece, shares, None))
+        self._call_back()
 
     def _look(self) -> None:
         """Wait until something has come, and tell of it once that is enough."""
@@ -214,13 +220,16 @@ class _Round:
             self._courier.returned(came)
 
     def _tell(self) -> None:
-        """Hand in what has come. Whoever is called back may wait for what comes on this very round: that is another
-        thread's."""
+        """Hand in what has come."""
         came, self._came = self._came, []
-        with calling_later() as calls:
-            self._hands.take_in([(trip.shares[0], answer) for trip, answer in came])
-        if calls:
-            self._hands.apart(partial(_call_all, calls))
+        self._hands.take_in([(trip.shares[0], answer) for trip, answer in came])
+        self._call_back()
+
+    def _call_back(self) -> None:
+        """Have those called back who have been told."""
+        if calls := self._calls[:]:
+            del self._calls[: len(calls)]
+            self._hands.call_back(calls)
 
     def _hand_over(self, trip: Trip) -> None:
         """Have another worker go on with a trip."""
@@ -320,12 +329,3 @@ def _is_brief(fragment: PrioritizedFragment) -> bool:
 def _goes_along(piece: Piece) -> bool:
     """Whether a piece is a brief fragment, and no more."""
     return len(piece.parts) == 1 and piece.byte_range.length <= BRIEF and _is_brief(piece.fragment)
-
-
-def _call_all(calls: list[Call]) -> None:
-    """Call whoever was to be called back, one after the other, as a future does."""
-    for call in calls:
-        try:
-            call()
-        except Exception:
-            _log.exception("a callback of a future failed")

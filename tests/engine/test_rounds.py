@@ -7,12 +7,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
-from wire import END, HOLD, Request, Script, Wire, answer
+from wire import END, HOLD, Request, Script, Wire, answer, part
 
-from holotensor_net import CdnEndpoint, LoadRequest, NetworkConfig, NetworkLoader, Priority, RetryConfig
+from holotensor_net import CdnEndpoint, LoadRequest, LoadResult, NetworkConfig, NetworkLoader, Priority, RetryConfig
 from holotensor_net.errors import (
     Cancelled,
     ConnectionFailed,
@@ -55,8 +57,9 @@ def loader() -> Iterator[Callable[..., NetworkLoader]]:
     made: list[NetworkLoader] = []
 
     def make(wire: Wire, **more: Any) -> NetworkLoader:
-        own = {"retry": RetryConfig(max_retries=1, initial_backoff=0.01), "cache_dir": False, "timeout": 5.0}
-        made.append(NetworkLoader(NetworkConfig(endpoints=(CdnEndpoint(wire.url),), **(own | more))))
+        own: dict[str, Any] = {"endpoints": (CdnEndpoint(wire.url),), "cache_dir": False, "timeout": 5.0}
+        own["retry"] = RetryConfig(max_retries=1, initial_backoff=0.01)
+        made.append(NetworkLoader(NetworkConfig(**(own | more))))
         return made[-1]
 
     yield make
@@ -241,22 +244,54 @@ def test_a_defect_on_the_way_is_told_and_gives_the_connections_back(
         assert it.stats().connections == 0
 
 
-def test_who_is_called_back_may_wait_for_another(loader: Callable[..., NetworkLoader]) -> None:
-    with Wire(always=good) as wire:
-        it = loader(wire)
-        told: list[bool] = []
+@pytest.mark.parametrize("most", [1, 64])
+@pytest.mark.parametrize("length", [LENGTH - 1, 1 << 18])
+def test_who_is_called_back_may_wait_for_another(loader: Callable[..., NetworkLoader], most: int, length: int) -> None:
+    def told(request: Request) -> Script:
+        start, stop = asked(request)
+        return part(bytes(SIZE), start, stop, etag=TAG)
+
+    with Wire(always=told) as wire:
+        it = loader(wire, max_concurrent=most)
+        told_of: list[bool] = []
         over = threading.Event()
 
         def ask(_: object) -> None:
-            if not told:
-                told.append(False)
-                told[0] = it.enqueue(LoadRequest("another", "file", byte_range=(0, LENGTH - 1))).result(5).is_success
+            if not told_of:
+                told_of.append(False)
+                told_of[0] = it.enqueue(LoadRequest("another", "file", byte_range=(0, length))).result(5).is_success
                 over.set()
 
         for request in requests():
             it.enqueue(request).add_done_callback(ask)
         assert over.wait(10)
-        assert told == [True]
+        assert told_of == [True]
+
+
+def test_who_is_told_of_what_another_process_has_brought_may_wait_for_another(
+    loader: Callable[..., NetworkLoader], tmp_path: Path
+) -> None:
+    gate, told_of, over = threading.Event(), list[bool](), threading.Event()
+
+    def told(request: Request) -> Script:
+        fresh = good(request, cache_control="max-age=100")
+        return [gate, fresh] if asked(request)[0] == 0 else fresh
+
+    def ask(future: Future[LoadResult]) -> None:
+        told_of.append(future.result().from_cache)
+        told_of.append(it.load(one_more).is_success)
+        over.set()
+
+    with Wire(always=told) as wire:
+        first, common, one_more = requests(3)
+        it = loader(wire, endpoints=(CdnEndpoint(wire.url, max_connections=1),), cache_dir=tmp_path)
+        it.enqueue(first)
+        wire.await_requests(1)
+        it.enqueue(common).add_done_callback(ask)
+        assert loader(wire, cache_dir=tmp_path).load(common).is_success
+        gate.set()
+        assert over.wait(10)
+        assert told_of == [True, True]
 
 
 def test_callbacks_of_a_batch_are_called_in_turn_though_one_is_wrong(loader: Callable[..., NetworkLoader]) -> None:
