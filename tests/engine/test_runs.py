@@ -204,7 +204,9 @@ def test_all_ways_to_wait_see_the_end(make: Make, held: Held) -> None:
     loader = make(held.server.url)
     futures = loader.enqueue_many(fragments())
     called: list[Future[LoadResult]] = []
+    over = threading.Event()
     futures[1].add_done_callback(called.append)
+    futures[1].add_done_callback(lambda _: over.set())
     assert not wait(futures[:5], 0).done
     assert not futures[0].done()
     assert not futures[0].running()
@@ -217,6 +219,7 @@ def test_all_ways_to_wait_see_the_end(make: Make, held: Held) -> None:
     assert wait(futures, NEVER).done == set(futures)
     watching.join(NEVER)
     assert len(seen) == MANY
+    assert over.wait(NEVER)
     assert called == [futures[1]]
     futures[7].add_done_callback(called.append)
     assert called == [futures[1], futures[7]]
