@@ -103,9 +103,11 @@ class Courier:
         self._served_at = [-math.inf] * len(config.endpoints)  # when each brought something, the last time
         self._second_at = Counter[int]()  # how many requests are at each endpoint besides
         self._may_hedge = len(config.endpoints) > 1 if config.hedging is None else config.hedging
-        # What may be asked for twice, or has to wait for its turn, has a worker of its own.
+        # What may be asked for twice, or has to wait for its turn, has a worker of its own; and so has all where there
+        # is to be one connection, as a round has others than workers have.
         self._may_go_round = (
             len(config.endpoints) == 1
+            and config.endpoints[0].max_connections > 1
             and not self._may_hedge
             and config.scheduler.max_bandwidth is None
             and config.scheduler.max_requests_per_second is None

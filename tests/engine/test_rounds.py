@@ -219,6 +219,18 @@ def test_no_more_connections_than_an_endpoint_may_have(loader: Callable[..., Net
         assert wire.connections <= 2
 
 
+def test_one_connection_is_one_whatever_is_asked_for(loader: Callable[..., NetworkLoader]) -> None:
+    def told(request: Request) -> Script:
+        start, stop = asked(request)
+        return part(bytes(SIZE), start, stop, etag=TAG)
+
+    with Wire(always=told) as wire:
+        it = loader(wire, endpoints=(CdnEndpoint(wire.url, max_connections=1),))
+        for length in (LENGTH, 1 << 18, LENGTH, 1 << 18):  # a server with one thread would never see a second
+            assert it.load(LoadRequest(f"{length}", "file", byte_range=(0, length))).is_success
+        assert wire.connections == 1
+
+
 @pytest.mark.parametrize("step", ["depart", "returned"])
 def test_a_defect_on_the_way_is_told_and_gives_the_connections_back(
     loader: Callable[..., NetworkLoader], monkeypatch: pytest.MonkeyPatch, step: str
@@ -284,7 +296,7 @@ def test_who_is_told_of_what_another_process_has_brought_may_wait_for_another(
 
     with Wire(always=told) as wire:
         first, common, one_more = requests(3)
-        it = loader(wire, endpoints=(CdnEndpoint(wire.url, max_connections=1),), cache_dir=tmp_path)
+        it = loader(wire, max_concurrent=1, cache_dir=tmp_path)
         it.enqueue(first)
         wire.await_requests(1)
         it.enqueue(common).add_done_callback(ask)
