@@ -291,7 +291,7 @@ def test_the_scheduler_moves_one_of_a_run_too(make: Make, held: Held) -> None:
     assert not loader.scheduler.update_priority("no such", Priority.HIGH)
     held.go.set()
     assert [got(future) for future in futures] == [bytes_of(n) for n in range(MANY)]
-    assert spans(held.server)[2] == f"{20 * SIZE}-{21 * SIZE - 1}"
+    assert f"{20 * SIZE}-{21 * SIZE - 1}" in spans(held.server)[2:4]  # both blockers may have ended at once
     assert f"0-{SIZE - 1}" in spans(held.server)[-2:]  # which two workers ask for at once
     assert not loader.scheduler.update_priority("20", Priority.HIGH)
 
