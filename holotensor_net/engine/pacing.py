@@ -234,6 +234,7 @@ class ConcurrencyController:
         proportional = math.log(self.limit / self._base)
         is_evident = not is_first and rate - self._base_rate.value > max(_EVIDENT_SHARE * proportional, 3 * scatter)
         if is_evident or (is_rising and len(looks) * self.seconds > _LONGEST_RUNG):
+            self._debt = _Debt()  # a path that brings ever more holds nothing back: it may come in bursts
             self._climb_on(rate)
         elif not is_rising and len(looks) >= (2 if is_first else _LOOKS):
             error = scatter / math.sqrt(len(looks) / 2)

@@ -503,6 +503,16 @@ def test_a_path_that_stood_still_for_longer_than_it_moved_owes_nothing():
     assert looked(controller, 400_000) == 16
 
 
+def test_a_lull_before_more_has_brought_evidently_more_is_no_debt():
+    controller = ConcurrencyController(64)
+    looked(controller, 200_000)
+    controller.rouse()
+    controller.revise(Interval(0.06, 1_200_000, 6.0, True))  # they are still being begun
+    looked(controller, 20_000)
+    assert looked(controller, 560_000) == 16
+    assert looked(controller, 580_000) == 32
+
+
 # -- bounds
 
 
