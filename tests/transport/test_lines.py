@@ -105,7 +105,7 @@ def test_no_connection_is_forgotten_as_the_client_is_closed(lines: Lines) -> Non
             assert received(one) is not None
             one.end()
         lines._sockets.abort()  # what closing begins with
-        assert lines.call(request(wire.url)) is None
+        assert lines.call(request(wire.url), 100) is None
         wire.await_closed()
         assert [one._sock.fileno() for one in begun] == [-1] * 3
 
