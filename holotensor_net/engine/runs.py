@@ -220,10 +220,9 @@ class Rows:
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, Validator | None], list[tuple[int, Run]]] = {}
-        self._length = 0
 
     def __len__(self) -> int:
-        return self._length
+        return sum(map(len, self._rows.values()))  # an interrupt could come between a run and its count
 
     def __contains__(self, requests: Sequence[LoadRequest]) -> bool:
         """Whether anything of what these requests ask for, which lie in a row, is on its way in a run."""
@@ -237,7 +236,6 @@ class Rows:
     def add(self, run: Run) -> None:
         row = self._rows.setdefault((run.request.path, run.request.validator), [])
         bisect.insort(row, (run.span.start, run))
-        self._length += 1
 
     def discard(self, run: Run) -> None:
         place = run.request.path, run.request.validator
@@ -245,7 +243,6 @@ class Rows:
         index = bisect.bisect_left(row, (run.span.start,))
         if index < len(row) and row[index][1] is run:
             del row[index]
-            self._length -= 1
             if not row:
                 del self._rows[place]
 

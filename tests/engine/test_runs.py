@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import sys
 import threading
 import time
 import weakref
@@ -563,3 +564,46 @@ def test_versions_are_never_mixed(make: Make) -> None:
         assert loader.load(fragment(8)).data == bytes_of(8, OTHER)
         futures = loader.enqueue_many(fragments())
         assert [got(future) for future in futures] == [bytes_of(n, OTHER) for n in range(MANY)]
+
+
+# --- interrupts
+
+
+def interrupted(loader: NetworkLoader, requests: list[LoadRequest], number: int) -> bool:
+    """Enqueue them, and be interrupted after so many calls of ours; False if there are not so many."""
+    left = number
+
+    def interrupt(frame: Any, event: str, _: Any) -> None:
+        nonlocal left
+        if event in ("call", "c_return") and "holotensor_net" in frame.f_code.co_filename:
+            left -= 1
+            if not left:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    sys.setprofile(interrupt)
+    try:
+        loader.enqueue_many(requests)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.setprofile(before)
+    return left <= 0
+
+
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("apart", [1, 50], ids=["a row", "apart"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it may come as something is collected
+def test_whoever_is_interrupted_can_ask_again(make: Make, apart: int, step: int) -> None:
+    data = random.Random(7).randbytes(9 * 100 * SIZE)
+    requests = [fragment(number * apart) for number in range(9)]
+    with Wire(always=lambda request: ranged(request, data)) as server:
+        for number in itertools.count(1, step):
+            loader = make(server.url)
+            was_interrupted = interrupted(loader, requests, number)
+            again = loader.enqueue_many(requests)
+            assert [got(future) for future in again] == [bytes_of(n * apart, data) for n in range(9)], number
+            loader.close()
+            if not was_interrupted:
+                return
