@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -337,7 +337,8 @@ def _write(target: Path, data: memoryview) -> None:
                 os.chmod(file.name, 0o666 & ~umask)
                 os.replace(file.name, target)
             except BaseException:
-                os.unlink(file.name)
+                with suppress(FileNotFoundError):  # it was in its place already as the interrupt came
+                    os.unlink(file.name)
                 raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -415,6 +415,6 @@ def test_a_server_that_serves_few_at_a_time_serves_all(loader: Callable[..., Net
         yield good(request)
 
     with Wire(always=told) as wire:
-        it = loader(wire, max_concurrent=16, retry=RetryConfig(max_retries=1, initial_backoff=0.1, jitter=False))
+        it = loader(wire, max_concurrent=16, retry=RetryConfig(max_retries=1, initial_backoff=0.3, jitter=False))
         results = [future.result(60) for future in it.enqueue_many(requests())]
         assert all(result.is_success for result in results), [r.error for r in results if not r.is_success][:3]

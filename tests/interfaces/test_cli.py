@@ -282,6 +282,21 @@ def test_errors_do_not_steer_the_terminal(tmp_path: Path, capsys: Capture) -> No
 # --- pull
 
 
+def test_an_interrupt_as_a_file_comes_to_its_place_is_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def interrupted_replace(source: str, target: Path) -> None:
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted_replace)
+    with pytest.raises(KeyboardInterrupt):
+        cli._write(tmp_path / "file", memoryview(b"all of it"))
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {file.name: sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
