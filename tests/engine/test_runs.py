@@ -317,7 +317,7 @@ def test_a_more_urgent_request_for_the_same_does_not_wait_for_the_run(make: Make
     assert urgent is futures[20]
     held.go.set()
     assert [got(future) for future in futures] == [bytes_of(n) for n in range(MANY)]
-    assert spans(held.server)[2] == f"{20 * SIZE}-{21 * SIZE - 1}"
+    assert f"{20 * SIZE}-{21 * SIZE - 1}" in spans(held.server)[2:4]  # two come free at once
 
 
 def test_equal_requests_share_what_is_on_its_way(make: Make, held: Held) -> None:
