@@ -29,10 +29,10 @@ _HEAD = 1 << 11  # bytes that a head mostly has at most
 _LONGEST_HEAD = 1 << 14
 _MOST_STRIKES = 64
 _END = b"\r\n\r\n"
+_UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
+
 Address: TypeAlias = tuple[Way, Pool, int, Any]
 """Where requests of a way are asked: a pool that makes its connections, the family of an address, and that."""
-
-_UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 
 class Call:

@@ -398,6 +398,16 @@ def test_what_was_asked_for_comes_though_somebody_wants_silence_since(loader: Ca
         assert futures[1].result(10).is_success
 
 
+def test_who_is_refused_while_others_are_served_is_not_to_blame(loader: Callable[..., NetworkLoader]) -> None:
+    has_served = threading.Event()
+    with Wire(always=scripted(lambda request: [has_served, answer(b"no", status=503)], once=True)) as wire:
+        futures = loader(wire, retry=RetryConfig(max_retries=0)).enqueue_many(requests())
+        assert all(future.result(10).is_success for number, future in enumerate(futures) if number != BAD)
+        has_served.set()
+        assert futures[BAD].result(10).is_success
+        assert sum(is_bad(request) for request in wire.requests) == 2
+
+
 def test_a_server_that_serves_few_at_a_time_serves_all(loader: Callable[..., NetworkLoader]) -> None:
     lock, busy = threading.Lock(), list[Request]()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import select
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,10 @@ from wire import HOLD, Wire, answer, part
 
 from holotensor_net.transport import lines as room
 from holotensor_net.transport.adapter import Request, is_straight, way_of
+from holotensor_net.transport.client import Ask, HttpClient
 from holotensor_net.transport.lines import BRIEF, Call, Lines
 from holotensor_net.transport.sockets import LiveSockets
+from holotensor_net.values import RangeRequest
 
 DATA = bytes(range(200))
 CONDITIONS = {"Range": "bytes=0-99", "Accept-Encoding": "identity"}
@@ -46,6 +49,7 @@ def wait_for(begun: Call) -> None:
     while begun.may_send:
         assert select.select([], [begun.fd], [], 5)[1]
         begun.send()
+        assert not begun.is_unusual
     assert select.select([begun.fd], [], [], 5)[0]
 
 
@@ -68,7 +72,8 @@ def test_a_plain_answer_is_read_and_its_connection_used_again(lines: Lines) -> N
 
 
 def test_who_is_cut_when_it_is_over_cuts_nobody_else(lines: Lines) -> None:
-    with Wire(always=PLAIN) as wire:
+    is_cut = threading.Event()
+    with Wire(PLAIN, [is_cut, PLAIN]) as wire:
         first = call(lines, wire.url)
         assert received(first) is not None
         first.end()
@@ -76,6 +81,7 @@ def test_who_is_cut_when_it_is_over_cuts_nobody_else(lines: Lines) -> None:
         assert second.fd == first.fd
         first.cut()
         first.drop()
+        is_cut.set()
         assert received(second) is not None
         second.drop()
 
@@ -162,3 +168,17 @@ def test_who_watches_is_shown_every_request(caplog: pytest.LogCaptureFixture) ->
     assert is_straight(way)
     with caplog.at_level(logging.DEBUG, "urllib3"):
         assert not is_straight(way)
+
+
+def test_what_fails_between_two_hands_leaves_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("a defect")
+
+    with Wire(always=[HOLD]) as wire, HttpClient(wire.url) as client:
+        [begun] = client.begin_all([Ask("file", RangeRequest(0, 100))])
+        assert begun is not None
+        monkeypatch.setattr(client, "_session", fail)
+        with pytest.raises(RuntimeError, match="a defect"):
+            client.transfer(begun.state.ask, lambda *_: lambda *_: None, begun=begun)
+        wire.await_closed()  # while what has begun is still held here
+        assert begun.is_taken
