@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 from servers import Nginx, tool
+from wire import Resolver
 
 if TYPE_CHECKING:
     from holotensor_net.origin import Origin
@@ -78,6 +79,15 @@ def tmp_cache(_clean_environment: None) -> Path:
     folder = Path(os.environ["HOLOTENSOR_CACHE"])
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolver]:
+    """Takes the place of the system's; in the end it lets go of whoever still waits."""
+    resolver = Resolver()
+    monkeypatch.setattr("socket.getaddrinfo", resolver)
+    yield resolver
+    resolver.may_answer.set()
 
 
 @pytest.fixture(scope="module")

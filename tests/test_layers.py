@@ -26,7 +26,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
         *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter"),
-        *("transport/heads", "transport/pools", "transport/lines"),
+        *("transport/heads", "transport/names", "transport/pools", "transport/lines"),
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
         *("storage/claims", "storage/news", "storage/prefix", "storage/spans"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
@@ -67,6 +67,7 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("transport/heads",),
         ("transport/sockets",),
+        ("transport/names",),
         ("transport/pools",),
         ("transport/adapter",),
         ("transport/lines",),
@@ -114,7 +115,7 @@ MONOPOLIES: dict[str, tuple[str, ...]] = {
     "requests": ("transport/client", "transport/adapter", "transport/translation"),
     "urllib3": (
         *("transport/client", "transport/adapter", "transport/pools"),
-        *("transport/sockets", "transport/translation"),
+        *("transport/sockets", "transport/names", "transport/translation"),
     ),
     "tenacity": ("transport/retry",),
     "cachetools": ("storage/cache", "stream_cache/"),

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 # For 127.0.0.1, from 2000 to 2199; it vouches for itself and for nothing else.
 CERTIFICATE = """\
@@ -282,6 +282,29 @@ def black_hole() -> Iterator[int]:
             sock.setblocking(False)
             sock.connect_ex(address)
         yield address[1]
+
+
+class Resolver:
+    """Stands for ``socket.getaddrinfo``: it knows no name before ``may_answer``, and what addresses are at once.
+
+    Any name leads to this machine then; or ``failure`` is raised, if there is one.
+    """
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.asked: list[str] = []
+        self.is_asked, self.may_answer = threading.Event(), threading.Event()
+        self._real = socket.getaddrinfo
+
+    def __call__(self, host: str, port: int, flags: int = 0, **more: Any) -> list[Any]:
+        if flags & socket.AI_NUMERICHOST:
+            return self._real(host, port, flags=flags, **more)
+        self.asked.append(host)
+        self.is_asked.set()
+        assert self.may_answer.wait(30)
+        if self.failure is not None:
+            raise self.failure
+        return self._real("127.0.0.1", port, **more)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from .adapter import Reply, Request, Way, bare_reply, is_straight, target_of
 from .heads import PlainHead, plain_head
+from .names import look_up
 from .pools import Pool, begin_to_connect, let_go, pool_classes
 from .sockets import Answer, LiveSockets
 
@@ -28,6 +29,7 @@ BRIEF = 1 << 16
 _HEAD = 1 << 11  # bytes that a head mostly has at most
 _LONGEST_HEAD = 1 << 14
 _MOST_STRIKES = 64
+_SOON = 0.5  # seconds for which a thread that has others' requests under way waits for a name
 _END = b"\r\n\r\n"
 _UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 
@@ -158,7 +160,7 @@ class Lines:
         pool: Any = self._pool_class(host or "", port)
         connection = pool._new_conn()
         with contextlib.suppress(OSError, UnicodeError):
-            found = socket.getaddrinfo(connection._dns_host, connection.port, type=socket.SOCK_STREAM)
+            found = look_up(connection._dns_host, connection.port, self._sockets, _SOON)
             family, *_, address = found[self._failures % len(found)]
             return way, pool, family, address
         return None

@@ -28,6 +28,7 @@ from urllib3.util import wait_for_write
 
 from ..errors import without_query
 from .heads import plain_request
+from .names import look_up
 from .sockets import LONGEST, Answer, LiveSockets, Reader
 
 __all__ = ["Pool", "begin_to_connect", "let_go", "pool_classes"]
@@ -281,13 +282,16 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
 
 def _connect(connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
     """A connected socket, known to ``sockets`` since it began to connect; raises what urllib3's own would."""
+    failure: OSError = OSError("the name has no address")
+    addresses = []
     try:
-        addresses = socket.getaddrinfo(connection._dns_host, connection.port, type=socket.SOCK_STREAM)
+        addresses = look_up(connection._dns_host, connection.port, sockets, _patience(connection, sockets))
     except (socket.gaierror, UnicodeError) as error:
         if isinstance(error, UnicodeError):
             error = socket.gaierror(str(error))
         raise NameResolutionError(connection.host, connection, error) from error
-    failure: OSError = OSError("the name has no address")
+    except OSError as error:
+        failure = error
     for family, kind, protocol, _, address in addresses:
         try:
             return _connected(socket.socket(family, kind, protocol), address, connection, sockets)
@@ -298,9 +302,14 @@ def _connect(connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
     raise NewConnectionError(connection, f"no connection: {failure}") from failure
 
 
+def _patience(connection: HTTPConnection, sockets: LiveSockets) -> float:
+    """Seconds that each step towards a connection may take."""
+    return min(float(connection.timeout or LONGEST), sockets.left())
+
+
 def _connected(sock: socket.socket, address: Any, connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
     try:
-        seconds = min(float(connection.timeout or LONGEST), sockets.left())
+        seconds = _patience(connection, sockets)
         failure = begin_to_connect(sock, address, connection, sockets)
         if failure in _UNDER_WAY:
             if not wait_for_write(sock, seconds):

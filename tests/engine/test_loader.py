@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import servers
-from wire import HOLD, Request, Wire, answer, part
+from wire import HOLD, Request, Resolver, Wire, answer, part
 
 from holotensor_net.config import CdnEndpoint, NetworkConfig, RetryConfig, SchedulerConfig
 from holotensor_net.engine import loader as room
@@ -772,6 +772,24 @@ def test_a_load_ends_by_its_deadline(make: Make, setting: str) -> None:
         server.await_closed()  # nobody goes on for nothing
 
 
+def test_a_deadline_is_kept_while_a_name_is_looked_up(make: Make, resolver: Resolver) -> None:
+    loader = make("http://models.example")
+    began = time.monotonic()
+    assert isinstance(loader.load(replace(REQUEST, deadline=0.2)).error, DeadlineExceeded)
+    assert 0.2 <= time.monotonic() - began < 1.0
+    assert resolver.asked == ["models.example"]
+
+
+def test_a_name_is_waited_for_as_long_as_a_server_is(
+    make: Make, served: Callable[..., Origin], resolver: Resolver
+) -> None:
+    loader = make(served().url.replace("127.0.0.1", "models.example"), timeout=0.2)
+    future = loader.enqueue(REQUEST)
+    until(lambda: len(resolver.asked) > 0 and loader.stats().retries > 0)
+    resolver.may_answer.set()
+    assert got(future) == DATA
+
+
 def test_a_full_queue_makes_callers_wait_and_loses_nothing(
     make: Make, served: Callable[..., Origin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -891,6 +909,17 @@ def test_a_script_that_ends_without_a_close_ends_at_once_and_quietly(
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert time.monotonic() - began < 5  # all hundred would take seven seconds
     assert server.stats().requests < 60
+
+
+def test_closing_does_not_wait_for_a_resolver(make: Make, resolver: Resolver) -> None:
+    loader = make("http://models.example")
+    future = loader.enqueue(REQUEST)
+    assert resolver.is_asked.wait(NEVER)
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 1.0
+    assert isinstance(future.result(0).error, Cancelled)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("holotensor")]
 
 
 def test_what_is_open_at_the_end_is_closed(make: Make) -> None:

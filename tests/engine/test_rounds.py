@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wire import END, HOLD, Request, Script, Wire, answer, part
+from wire import END, HOLD, Request, Resolver, Script, Wire, answer, part
 
 from holotensor_net import CdnEndpoint, LoadRequest, LoadResult, NetworkConfig, NetworkLoader, Priority, RetryConfig
 from holotensor_net.errors import (
     Cancelled,
     ConnectionFailed,
+    DeadlineExceeded,
     NotFound,
     ObjectChanged,
     ProtocolError,
@@ -194,6 +195,28 @@ def test_closing_ends_all_that_is_on_the_way_at_once(loader: Callable[..., Netwo
         assert time.monotonic() - began < 2
         assert all(isinstance(future.result(1).error, Cancelled) for future in futures)
         wire.await_closed()
+
+
+@pytest.mark.parametrize("end", ["close", "answer", "deadline"])
+def test_a_name_that_nobody_resolves_holds_no_round_up(
+    loader: Callable[..., NetworkLoader], resolver: Resolver, end: str
+) -> None:
+    with Wire(always=good) as wire:
+        named = (CdnEndpoint(wire.url.replace("127.0.0.1", "models.example")),)
+        it = loader(wire, endpoints=named, max_concurrent=8, timeout=60.0)
+        futures = it.enqueue_many(requests(deadline=0.2 if end == "deadline" else None))
+        assert resolver.is_asked.wait(5)
+        began = time.monotonic()
+        if end == "answer":
+            resolver.may_answer.set()
+            assert [bytes(future.result(5).data) for future in futures] == [DATA[n : n + LENGTH] for n in range(COUNT)]
+        elif end == "deadline":
+            assert all(isinstance(future.result(5).error, DeadlineExceeded) for future in futures)
+        else:
+            it.close()
+            assert all(isinstance(future.result(0).error, Cancelled) for future in futures)
+            assert resolver.asked == ["models.example"]
+        assert time.monotonic() - began < 1.0
 
 
 def test_what_is_critical_goes_before_those_that_wait(loader: Callable[..., NetworkLoader]) -> None:

@@ -31,6 +31,7 @@ from wire import (
     RESET,
     TLS,
     Request,
+    Resolver,
     Wire,
     answer,
     black_hole,
@@ -1674,6 +1675,11 @@ def test_a_name_that_cannot_be_is_no_connection(client: Open, name: str) -> None
     assert not caught.value.established
 
 
+def test_a_name_that_nobody_resolves_is_a_timeout(client: Open, resolver: Resolver) -> None:
+    with within(1.0), pytest.raises(Timeout, match="the name was not resolved in time"):
+        client("http://models.example", connect_timeout=0.1).fetch("a")
+
+
 def test_a_refused_connection_says_why(client: Open) -> None:
     with closed_port() as port:
         with pytest.raises(ConnectionFailed, match="Connection refused") as caught:
@@ -1991,6 +1997,16 @@ def closing(asking: HttpClient) -> Iterator[threading.Event]:
         ready.set()
         thread.join()
     assert time.monotonic() - closed_at[0] < 1.0
+
+
+def test_close_interrupts_the_wait_for_a_name(client: Open, resolver: Resolver) -> None:
+    with closing(asking := client("http://models.example", retry=QUICK)) as ready:
+        watcher = threading.Thread(target=lambda: (resolver.is_asked.wait(5), ready.set()))
+        watcher.start()
+        try:
+            asking.fetch("a")
+        finally:
+            watcher.join()
 
 
 def test_close_interrupts_connecting(client: Open, monkeypatch: pytest.MonkeyPatch) -> None:
