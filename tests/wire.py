@@ -296,15 +296,18 @@ class Resolver:
         self.is_asked, self.may_answer = threading.Event(), threading.Event()
         self._real = socket.getaddrinfo
 
-    def __call__(self, host: str, port: int, flags: int = 0, **more: Any) -> list[Any]:
-        if flags & socket.AI_NUMERICHOST:
-            return self._real(host, port, flags=flags, **more)
+    def __call__(self, host: str, port: int, *kind: Any, flags: int = 0, **more: Any) -> list[Any]:
+        try:
+            return self._real(host, port, *kind, flags=flags | socket.AI_NUMERICHOST, **more)
+        except socket.gaierror:
+            if flags & socket.AI_NUMERICHOST:
+                raise
         self.asked.append(host)
         self.is_asked.set()
         assert self.may_answer.wait(30)
         if self.failure is not None:
             raise self.failure
-        return self._real("127.0.0.1", port, **more)
+        return self._real("127.0.0.1", port, *kind, **more)
 
 
 @contextlib.contextmanager

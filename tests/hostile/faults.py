@@ -1218,6 +1218,7 @@ row(
 row(
     35, "all-endpoints-are-black-holes", _nothing, "Timeout", once=ends("Timeout"), mirrors=2, dead="silent", waits=True
 )
+row(35, "no-name-server-answers", _nothing, "Timeout", once=ends("Timeout"), mirrors=2, dead="unresolved", waits=True)
 row(35, "the-first-endpoint-refuses", _nothing, mirrors=2, dead="first-refused")
 
 # -- 39–44: secrets, tenants, heads of any size

@@ -25,10 +25,10 @@ from hostile.runner import run, some
 from hostile.storm import SCENES
 
 from holotensor_net.engine import assembly
-from holotensor_net.transport import client, digests, guards, pools, retry, sockets, transfer
+from holotensor_net.transport import client, digests, guards, names, pools, retry, sockets, transfer
 from holotensor_net.values import Validator
 
-ROOMS = (guards, digests, transfer, client, sockets, pools)
+ROOMS = (guards, digests, transfer, client, sockets, names, pools)
 
 AT_ONCE = 12
 """Transfers of a row that are made to see whether it notices."""
@@ -225,6 +225,7 @@ CAUGHT_BY = {
     "come too slowly": "27-body-drip",
     "a change of protocol": "26-change-of-protocol",
     "_connected  raise TimeoutError('timed out')": "35-all-endpoints-are-black-holes",
+    "the name was not resolved": "35-no-name-server-answers",
     "a header in several lines": "5-folded",
     "a header line that is none": "13-leading-space",
     "raise NewConnectionError(connection": "35-all-endpoints-refuse",
@@ -255,6 +256,7 @@ EXCUSED = {
     "_moved  raise ProtocolError('the server sent": "as chunks say how long they are, nothing gives more than asked",
     "the client is closed": "a closed client, no answer",
     "the transfer was interrupted": "a transfer that nobody wants any more, no answer",
+    "the wait for the resolver was cut": "a transfer that nobody wants any more, no answer",
     "there is no CA bundle": "a setting, no answer",
     "a credential or a header holds": "a setting, no answer",
     "_decoded  raise _too_large": "what goes beyond the bound is not unpacked in any case, and so refused as cut",

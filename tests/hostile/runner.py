@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -20,7 +21,7 @@ from unittest import mock
 from hostile.fault_origin import Addresses
 from hostile.faults import Fault
 from hostile.scene import CHUNK, PLACES, SECRETS, Case
-from wire import write_certificate
+from wire import Resolver, write_certificate
 
 from holotensor_net import errors
 from holotensor_net.config import CdnEndpoint, NetworkConfig, RetryConfig
@@ -83,8 +84,22 @@ class Report:
 
 def run(fault: Fault, planned: list[Case], addresses: Addresses, folder: Path, *, workers: int | None = None) -> Report:
     """Make the transfers, several at a time, each worker with loaders and a cache of its own, and judge them all."""
-    with mock.patch.object(client, "HOSTS", Strangers()):
+    with mock.patch.object(client, "HOSTS", Strangers()), _silent_resolver(fault):
         return _run(fault, planned, addresses, folder, workers)
+
+
+@contextlib.contextmanager
+def _silent_resolver(fault: Fault) -> Iterator[None]:
+    """No name server answers before the end, if that is the fault."""
+    if fault.dead != "unresolved":
+        yield
+        return
+    resolver = Resolver()
+    try:
+        with mock.patch("socket.getaddrinfo", resolver):
+            yield
+    finally:
+        resolver.may_answer.set()
 
 
 class Strangers(Hosts):
@@ -159,6 +174,8 @@ def _dead(fault: Fault, addresses: Addresses, mirror: str) -> str | None:
             return f"http://127.0.0.1:{addresses.closed}/{mirror}"
         case "nameless":
             return f"http://{mirror * 64}/"  # no label of a name is so long
+        case "unresolved":
+            return f"http://{mirror}.example/"
         case "silent":
             return f"http://127.0.0.1:{addresses.black_hole}/{mirror}"
     return None
