@@ -15,6 +15,7 @@ import http.client
 import io
 import re
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -206,6 +207,25 @@ def _shut_down(sock: Any) -> None:
         socket.socket.shutdown(plain, socket.SHUT_RDWR)
 
 
+def _records(sock: ssl.SSLSocket, buffer: memoryview) -> int:
+    """Have what has come fill the buffer; gives the number of bytes.
+
+    What is encrypted comes in records of at most 16 KiB, and a read takes one of them: all that is done for a read
+    takes longer than to decipher it (measured: 4.5 s/GB of processor, and 1.7 where those that are here are taken
+    together).
+    """
+    count, timeout = 0, sock.gettimeout()
+    sock.settimeout(0.0)
+    try:
+        while count < len(buffer) and (came := sock.recv_into(buffer[count:])):
+            count += came
+    except ssl.SSLWantReadError:  # there is no whole one
+        pass
+    finally:
+        sock.settimeout(timeout)
+    return count
+
+
 class _Incoming(io.RawIOBase):
     """What a socket receives: every wait bounded, drips refused, and an end only where one may be.
 
@@ -224,6 +244,7 @@ class _Incoming(io.RawIOBase):
         self._last = 0.0  # when bytes of the body came
         self._wakes_at = 1
         self._is_fast = self._may_be_fast = False
+        self._encrypted = sock if isinstance(sock, ssl.SSLSocket) else None
         self._put_back = b""
 
     def put_back(self, came: bytes) -> None:
@@ -244,7 +265,7 @@ class _Incoming(io.RawIOBase):
         self._in_body = True
         self._may_end = may_end
         self._last = self._sockets.clock()
-        self._may_be_fast = type(self._sock) is socket.socket  # what is encrypted comes in records, a few KiB each
+        self._may_be_fast = self._encrypted is not None or type(self._sock) is socket.socket
 
     def leave(self) -> None:
         """Take no more from the socket: what may be read is what has come already."""
@@ -272,6 +293,8 @@ class _Incoming(io.RawIOBase):
         sockets.fit(self._sock)
         self._gather(len(buffer))
         count = self._sock.recv_into(buffer)
+        if self._encrypted is not None and 0 < count < len(buffer):
+            count += _records(self._encrypted, memoryview(buffer)[count:])
         if not count and not self._may_end:
             raise ConnectionResetError("the connection was cut in the middle of the answer")
         if self._in_body:
@@ -285,7 +308,8 @@ class _Incoming(io.RawIOBase):
 
         Once that was in vain it is not done again in the same body.
         """
-        if not (self._is_fast and room > _AHEAD):
+        has_more = self._encrypted is not None and self._encrypted.pending() > 0
+        if not (self._is_fast and room > _AHEAD) or has_more:
             self._wake_at(1)
             return
         self._wake_at(min(room, _MUCH))

@@ -6,6 +6,7 @@ import http.client
 import itertools
 import random
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -21,12 +22,13 @@ from urllib3.exceptions import (
     NewConnectionError,
     ProtocolError,
     ReadTimeoutError,
+    SSLError,
 )
 from wire import END, HOLD, RESET, Wire, answer, black_hole, chunked, closed_port, drip, write_certificate
 
 from holotensor_net.transport import sockets
 from holotensor_net.transport.pools import pool_classes
-from holotensor_net.transport.sockets import SLOWEST, Interrupt, LiveSockets
+from holotensor_net.transport.sockets import SLOWEST, Interrupt, LiveSockets, Reader
 
 Open = Callable[..., Any]
 
@@ -250,6 +252,113 @@ def test_a_tls_connection_whose_stand_in_comes_too_late_is_closed(
         with pytest.raises(NewConnectionError):
             get(open_pool(live, silent.getsockname()[1], tls=True))
         assert [sock.fileno() for sock in calls] == [-1]
+
+
+# -- what is encrypted
+
+
+class Encrypted:
+    """Both ends of a TLS connection: ``sock`` is ours, and of what the other ``said``, the test sends what it likes."""
+
+    def __init__(self, folder: Path) -> None:
+        trust = str(write_certificate(folder))
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.load_cert_chain(trust)
+        client = ssl.create_default_context(cafile=trust)
+        self._heard, self._said = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._server = server.wrap_bio(self._heard, self._said, server_side=True)
+        plain, self.far = socket.socketpair()
+        self.sock = client.wrap_socket(plain, server_hostname="127.0.0.1", do_handshake_on_connect=False)
+        self.sock.settimeout(5.0)
+        shaking = threading.Thread(target=self.sock.do_handshake)
+        shaking.start()
+        while True:
+            try:
+                self._server.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self.far.sendall(self._said.read())
+                self._heard.write(self.far.recv(65536))
+        self.far.sendall(self._said.read())
+        shaking.join()
+
+    def record(self, data: bytes) -> bytes:
+        """What carries these bytes."""
+        self._server.write(data)
+        return self._said.read()
+
+    def close(self) -> None:
+        self.sock.close()
+        self.far.close()
+
+
+@pytest.fixture
+def encrypted(tmp_path: Path) -> Iterator[Encrypted]:
+    with contextlib.closing(Encrypted(tmp_path)) as both:
+        yield both
+
+
+def test_what_came_in_many_records_is_read_at_one_go(live: LiveSockets, encrypted: Encrypted) -> None:
+    reader = Reader(encrypted.sock, live)
+    reader.raw.begin_body(may_end=True)
+    live.wait_at_most(lambda: 5.0)
+    parts = [bytes([number]) * 1000 for number in range(40)]
+    encrypted.far.sendall(b"".join(map(encrypted.record, parts)))
+    buffer = bytearray(1 << 16)
+    assert reader.raw.readinto(buffer) == 40_000
+    assert buffer[:40_000] == b"".join(parts)
+    assert 0 < (encrypted.sock.gettimeout() or 0) <= 5.0  # it waits again
+
+
+def test_no_more_records_are_taken_than_there_is_room_for(live: LiveSockets, encrypted: Encrypted) -> None:
+    reader = Reader(encrypted.sock, live)
+    reader.raw.begin_body(may_end=True)
+    encrypted.far.sendall(encrypted.record(b"a" * 1000) + encrypted.record(b"b" * 1000))
+    buffer = bytearray(1500)
+    assert [reader.raw.readinto(buffer), bytes(buffer)] == [1500, b"a" * 1000 + b"b" * 500]
+    assert reader.raw.readinto(buffer) == 500
+
+
+def test_a_record_of_which_half_has_come_holds_back_nothing(live: LiveSockets, encrypted: Encrypted) -> None:
+    reader = Reader(encrypted.sock, live)
+    reader.raw.begin_body(may_end=False)
+    first, second = encrypted.record(b"a" * 1000), encrypted.record(b"b" * 1000)
+    encrypted.far.sendall(first + second[:500])
+    buffer = bytearray(1 << 16)
+    assert reader.raw.readinto(buffer) == 1000
+    encrypted.far.sendall(second[500:])
+    assert [reader.raw.readinto(buffer), buffer[:1000]] == [1000, b"b" * 1000]
+    encrypted.far.sendall(encrypted.record(b"c"))
+    encrypted.far.shutdown(socket.SHUT_WR)
+    assert reader.raw.readinto(buffer) == 1
+    with pytest.raises(OSError, match=r"cut|EOF"):
+        reader.raw.readinto(buffer)
+
+
+def test_a_bundle_of_certificates_is_read_once_until_it_changes(
+    live: LiveSockets, open_pool: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    load = ssl.SSLContext.load_verify_locations
+
+    def noted(context: ssl.SSLContext, cafile: str, *more: Any) -> None:
+        read.append(cafile)
+        load(context, cafile, *more)
+
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", noted)
+    bundle = write_certificate(tmp_path)
+    with Wire(always=[answer(b"x"), END], tls=True) as wire, contextlib.ExitStack() as pools:
+
+        def pool() -> Any:
+            made = pool_classes(live)["https"]("127.0.0.1", wire.port, timeout=5.0, ca_certs=str(bundle))
+            return pools.enter_context(made)
+
+        for _ in range(3):
+            assert body_of(get(pool())) == b"x"
+        assert read == [str(bundle)]
+        bundle.write_text(bundle.read_text().partition("-----BEGIN CERT")[0])
+        with pytest.raises(SSLError):
+            get(pool())
 
 
 # -- connecting
