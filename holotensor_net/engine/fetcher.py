@@ -48,8 +48,8 @@ _WORTH_RELIEF = 1 << 20
 @dataclass(frozen=True, slots=True)
 class FetcherStats:
     """A snapshot. ``requests`` that were sent for what came, as an ``Answer`` counts them; ``retries`` after a failure,
-    ``hedges`` beside one that was slow, ``workers`` at work; ``confirmed_bytes`` were in the cache and did not have to
-    come again."""
+    ``hedges`` beside one that was slow, ``workers`` at work; ``confirmed_bytes`` were in the cache, or
+    left there by a transfer that was cut off, and did not have to come again."""
 
     requests: int
     retries: int
@@ -609,6 +609,7 @@ class Fetcher:
             is_wanted = not load.done
             if is_wanted:
                 load.attempt = attempt
+                self._confirmed_bytes += resumed.wanted.length - attempt.missing
         if is_wanted:
             self._scheduler.restart(load, rest=resumed.missing, stop=resumed.wanted.stop)
         else:

@@ -37,7 +37,8 @@ _BATCH = 1024
 class LoaderStats:
     """A snapshot of a loader. Sizes in bytes, ``bandwidth`` in bytes/s.
 
-    ``bytes_fetched`` came over the network, what was thrown away included; ``bytes_cached`` from the cache.
+    ``bytes_fetched`` came over the network, what was thrown away included; ``bytes_cached`` from the cache, or from
+    what a transfer that was cut off had left there.
     ``connections`` are in use now, ``limit`` may be. ``queued``, ``completed`` and ``failed`` count fragments.
     ``requests`` were sent for what came: retries, redirects, and repeats with a fresh credential included. ``hedges``
     are requests beside one that was slow.
