@@ -27,7 +27,7 @@ from .alarms import Alarms
 from .assembly import Assembly
 from .books import Books, identity_of
 from .courier import Courier
-from .loads import Attempt, Call, Load, Share, Waiter, Whole
+from .loads import Attempt, Call, Load, Share, Waiter, Whole, calling_later
 from .priority import PrioritizedFragment
 from .races import Trip
 from .recovery import Again, Recovery, is_overtaxed, summary
@@ -92,9 +92,7 @@ class Fetcher:
         self._confirmed_bytes = 0
         self._here = threading.local()
         # As many as work may be publishing what they brought.
-        self._executor = ThreadPoolExecutor(
-            2 * config.max_concurrent, "holotensor-fetch", partial(setattr, self._here, "is_own", True)
-        )
+        self._executor = ThreadPoolExecutor(2 * config.max_concurrent, "holotensor-fetch", partial(_join, self._here))
         # Weakly, here and below: a loader that nobody holds any more, and that has nothing to do, has to go at once.
         known = weakref.ref(self)
         self._cancelled = partial(_cancelled, known)
@@ -248,7 +246,8 @@ class Fetcher:
             waiters = [
                 w for load in self._books.named(fragment_id) for w in load.waiters if w.fragment_id == fragment_id
             ]
-        told = [self._dismiss(waiter, Cancelled("cancelled on request")) for waiter in waiters]
+        with self._telling():
+            told = [self._dismiss(waiter, Cancelled("cancelled on request")) for waiter in waiters]
         return any(told)
 
     def soon(self, call: Callable[[], object]) -> None:
@@ -265,19 +264,20 @@ class Fetcher:
             return FetcherStats(courier.requests, courier.retries, courier.hedges, self._workers, self._confirmed_bytes)
 
     def close(self) -> None:
-        """Stop everything now: interrupt the transfers, join the threads, resolve what is left with Cancelled."""
+        """Stop everything now: interrupt the transfers, resolve what is left with Cancelled, join the threads. One of
+        them may be a callback's that waits for what is left."""
         with self._lock:
             self._closing.set()
         self._scheduler.close()
         self._courier.close()
+        with self._telling():
+            while left := self._books.all():  # a run may fall apart meanwhile
+                self._resolve_all([(load, Cancelled("the loader was closed")) for load in left])
         is_own = getattr(self._here, "is_own", False)  # called back by a future: a thread cannot wait for its own end
         self._executor.shutdown(wait=not is_own, cancel_futures=True)
         self._alarms.close(wait=not is_own)
         while self._jobs:  # of which there will be no worker
             self._work_apart()
-        while left := self._books.all():  # a run may fall apart meanwhile
-            for load in left:
-                self._resolve(load, Cancelled("the loader was closed"))
 
     # -- loads
 
@@ -313,7 +313,8 @@ class Fetcher:
     def _overdue(self, waiter: Waiter) -> None:
         """Tell a caller that its time is over, wherever its load is held up."""
         self._here.is_own = True
-        self._dismiss(waiter, DeadlineExceeded("the deadline passed before the bytes were there"))
+        with self._telling(apart=True):
+            self._dismiss(waiter, DeadlineExceeded("the deadline passed before the bytes were there"))
 
     def _call(self, call: Callable[[], object]) -> None:
         self._here.is_own = True
@@ -355,19 +356,20 @@ class Fetcher:
             idle = self._courier.idle_races() if closed else []
         self._scheduler.settle_all([(load, isinstance(outcome, Whole)) for load, outcome, _, _ in closed])
         now = self._clock()
-        for load, outcome, waiters, _ in closed:
-            if load.turn is not None:
-                self._turns.end(load)
-            if isinstance(load, Run):
-                load.end(outcome, now)
-            for waiter in waiters:
-                own = load.part_of(waiter.request, outcome) if isinstance(load, Run) else outcome
-                self._answer(waiter, own, now)
-        for race in idle:
-            race.stop()
-        for _, _, _, ending in closed:
-            if ending is not None:
-                ending()
+        with self._telling():
+            for load, outcome, waiters, _ in closed:
+                if load.turn is not None:
+                    self._turns.end(load)
+                if isinstance(load, Run):
+                    load.end(outcome, now)
+                for waiter in waiters:
+                    own = load.part_of(waiter.request, outcome) if isinstance(load, Run) else outcome
+                    self._answer(waiter, own, now)
+            for race in idle:
+                race.stop()
+            for _, _, _, ending in closed:
+                if ending is not None:
+                    ending()
 
     def _answer(self, waiter: Waiter, outcome: Whole | NetworkError, now: float) -> None:
         """Tell one who waits. Whoever took it off the load's list calls this, and so nobody else."""
@@ -381,6 +383,20 @@ class Fetcher:
             result = LoadFailure(name, outcome, duration)
         with contextlib.suppress(InvalidStateError):  # it was cancelled
             waiter.set_result(result)
+
+    @contextlib.contextmanager
+    def _telling(self, *, apart: bool = False) -> Iterator[None]:
+        """Whoever is told meanwhile is called back at the end, once all have been told: one may wait for another's
+        result. ``apart``: by a worker, as others wait for this thread to tell them."""
+        calls: list[Call] = []
+        try:
+            with calling_later() as calls:
+                yield
+        finally:
+            if calls and apart:
+                self._apart(partial(self._call_all, calls))
+            elif calls:
+                self._call_all(calls)
 
     # -- workers
 
@@ -547,12 +563,13 @@ class Fetcher:
             return False
         parts = [part.fragment for part in piece.parts if not part.is_stale]
         loads = [load for load in parts if isinstance(load, Load) and not load.done]
-        ours = [load for load in loads if self._is_ours(load)]
-        if len(ours) == len(loads):
-            return False
-        for load in ours:
-            self._scheduler.restart(load, alone=False)
-        self._scheduler.release(piece)
+        with self._telling():
+            ours = [load for load in loads if self._is_ours(load)]
+            if len(ours) == len(loads):
+                return False
+            for load in ours:
+                self._scheduler.restart(load, alone=False)
+            self._scheduler.release(piece)
         return True
 
     def _is_ours(self, load: Load) -> bool:
@@ -642,7 +659,9 @@ class Fetcher:
         size = sum(share.attempt.wanted.length for share, _ in complete if share.attempt.wanted is not None)
         with self._relieved() if size >= _WORTH_RELIEF else contextlib.nullcontext():
             for first in range(0, len(complete), TOLD_TOGETHER):
-                self._deliver(complete[first : first + TOLD_TOGETHER], endpoint)
+                batch = complete[first : first + TOLD_TOGETHER]
+                with self._telling(apart=batch[-1] is not complete[-1]):
+                    self._deliver(batch, endpoint)
 
     def _deliver(self, complete: Sequence[tuple[Share, Answer]], endpoint: int) -> None:
         """Verify and publish what is all there, and tell whoever waits."""
@@ -676,12 +695,17 @@ class Fetcher:
     @contextlib.contextmanager
     def _relieved(self) -> Iterator[None]:
         """While a worker hashes and flushes a long fragment, or calls others back, another may have its connection."""
+        if not getattr(self._here, "is_at_work", False):  # no worker, or relieved already
+            yield
+            return
+        self._here.is_at_work = False
         with self._lock:
             self._workers -= 1
         self._spawn()
         try:
             yield
         finally:
+            self._here.is_at_work = True
             with self._lock:
                 self._workers += 1
 
@@ -711,11 +735,12 @@ class Fetcher:
     def _failed(self, shares: list[Share], error: NetworkError, endpoint: int | None, since: float) -> None:
         """A piece that was begun at ``since`` has not come."""
         is_passing = endpoint is not None and self._courier.failed(shares, error, endpoint, since)
-        for share in shares:
-            try:
-                self._recover(share, error, endpoint, is_passing=len(shares) > 1 or is_passing)
-            finally:
-                self._leave([share])
+        with self._telling():
+            for share in shares:
+                try:
+                    self._recover(share, error, endpoint, is_passing=len(shares) > 1 or is_passing)
+                finally:
+                    self._leave([share])
 
     def _recover(self, share: Share, error: NetworkError, endpoint: int | None, *, is_passing: bool = False) -> None:
         """After a failed piece: ask again, for it or for all, or give up."""
@@ -737,6 +762,11 @@ class Fetcher:
         if again is Again.NOTHING:
             is_final = isinstance(error, Cancelled | DeadlineExceeded)
             self._resolve(load, error if is_final else self._assembly.stale(load) or summary(load.failures))
+
+
+def _join(here: threading.local) -> None:
+    """This thread is of the pool, and counts as a worker while it is at work."""
+    here.is_own = here.is_at_work = True
 
 
 def _dropped(known: weakref.ref[Fetcher], fragment: PrioritizedFragment) -> None:

@@ -239,13 +239,16 @@ _here = _Here()
 
 @contextlib.contextmanager
 def calling_later() -> Iterator[list[Call]]:
-    """Meanwhile nobody is called back on this thread: what is to be called gathers in this list."""
+    """Meanwhile nobody is called back on this thread: what is to be called gathers in this list; within another such
+    block, in that one's."""
     calls: list[Call] = []
-    _here.later = calls
+    before = _here.later
+    if before is None:
+        _here.later = calls
     try:
         yield calls
     finally:
-        _here.later = None
+        _here.later = before
 
 
 def _call_back(call: Callable[[Future[LoadResult]], object], future: Future[LoadResult]) -> None:

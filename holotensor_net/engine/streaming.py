@@ -124,7 +124,8 @@ class StreamingLoader:
                 self._futures.add(future)
             if self._cancelled:  # meanwhile, by another thread
                 future.cancel()
-            future.add_done_callback(lambda future, size=size: self._take_in(future, size))  # type: ignore[misc]
+            # Called at once, as the base class has it: others' callbacks may take long, and wait for a thread.
+            Future.add_done_callback(future, lambda future, size=size: self._take_in(future, size))  # type: ignore[misc]
 
     def _future_of(self, request: LoadRequest) -> Future[LoadResult]:
         """A future of our own: a shared one could be cancelled by others, and we would wait for ever."""
