@@ -186,7 +186,6 @@ class LoadRequest(_Discreet):
         _set_allow_short(self, allow_short)
         is_plain = (  # a glance: to look closer takes several times as long
             type(fragment_id) is str
-            and fragment_id != ""
             and type(path) is str
             and path != ""
             and type(priority) is Priority
@@ -202,8 +201,8 @@ class LoadRequest(_Discreet):
             self.__post_init__()
 
     def __post_init__(self) -> None:  # under this name, classes that are derived from it look too
-        if not isinstance(self.fragment_id, str) or not self.fragment_id:
-            self._refuse("fragment_id", "a string that is not empty")
+        if not isinstance(self.fragment_id, str):
+            self._refuse("fragment_id", "a string")
         if not isinstance(self.path, str) or not self.path:
             self._refuse("path", "a string that is not empty")
         if type(self.priority) is not Priority:

@@ -90,7 +90,6 @@ def test_all_but_id_and_path_go_by_their_names() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("fragment_id", ""),
         ("fragment_id", None),
         ("fragment_id", b"id"),
         ("path", ""),

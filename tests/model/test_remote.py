@@ -98,6 +98,32 @@ def test_an_unknown_name_is_a_key_error_that_names_what_comes_near(tmp_path: Pat
             model.info("¿")
 
 
+def test_a_tensor_may_have_any_name(origin: StartOrigin, tmp_path: Path) -> None:
+    names = [
+        "",
+        " ",
+        "a b",
+        "a\tb\n",
+        "..",
+        "../x",
+        "/",
+        "?a=b#c",
+        "*[x]?",
+        "%s{0}",
+        "\u202e",
+        "ünï/日本語😀",
+        "x" * 1000,
+    ]
+    tensors = {name: np.full((SIDE, SIDE), number, np.float32) for number, name in enumerate(names)}
+    _, url = served(origin, tmp_path, tensors)
+    for _ in range(2):  # from the server, and from the cache
+        with open_model(url) as model:
+            assert_same(dict(model.stream()), tensors)
+            for name, tensor in tensors.items():
+                assert_equal(model.get_tensor(name), tensor)
+                assert_equal(model.get_slice(name)[1:2], tensor[1:2])
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", ""])
 @pytest.mark.parametrize("is_local", [True, False])
 def test_files_indices_and_folders_open(origin: StartOrigin, tmp_path: Path, name: str, is_local: bool) -> None:
