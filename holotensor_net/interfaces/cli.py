@@ -146,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--include", metavar="GLOB", action="append", help="only tensors whose name matches")
 
     command = _add(commands, "pull", _pull)
-    command.add_argument("url", metavar="URL", help="a file, or a .safetensors.index.json with all of its shards")
+    command.add_argument(
+        "url", metavar="URL", help="a file, a .safetensors.index.json with all of its shards, or a folder/ with one"
+    )
     command.add_argument("--include", metavar="GLOB", action="append", help="only files, or tensors' files, that match")
     command.add_argument("--to", metavar="DIR", type=Path, help="put the files there (default: into the cache only)")
     command.add_argument("--max-bandwidth", metavar="RATE", type=_rate, help="bytes per second, as in 50MB or 400Mbit")
@@ -288,16 +290,24 @@ def _pull(arguments: argparse.Namespace) -> None:
 
 
 def _files_of(loader: NetworkLoader, path: str, include: list[str] | None) -> tuple[list[LoadResult], list[str]]:
-    """What belongs to ``path``: the index, read already, and its shards; or the one file that it is."""
+    """What belongs to ``path``: the index, read already, and its shards; or the one file that it is. In a folder, that
+    is its model."""
     from ..formats.safetensors import shards_of
-    from ..model.remote import index_of
-    from ..values import LoadRequest, Priority
+    from ..model.remote import index_of, places_in
+    from ..values import LoadFailure, LoadRequest, Priority
 
+    single = None
     if not _name_of(path):
-        raise errors.InvalidUrl("name the file to pull: a web server does not tell what is in a folder", url=path)
+        path, single = places_in(path)
     if not _name_of(path).endswith(".safetensors.index.json"):
         return [], [path]
     read = loader.load(LoadRequest(_name_of(path), path, priority=Priority.CRITICAL))
+    if (
+        single is not None
+        and isinstance(read, LoadFailure)
+        and isinstance(read.error, errors.NotFound | errors.OfflineError)
+    ):
+        return [], [single]
     index = index_of(read.data, path)
     shards = shards_of(index)
     if include:

@@ -7,12 +7,13 @@ import fnmatch
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from ..config import NetworkConfig
-from ..errors import ConfigurationError, FormatError, NotFound, OfflineError
+from ..errors import ConfigurationError, FormatError, HttpError, NetworkError, NotFound, OfflineError
 from ..formats.dtypes import frombytes
 from ..formats.safetensors import (
     FIRST_READ,
@@ -32,13 +33,15 @@ from .sources import NetworkSource, Source, source_of
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["LoadPlan", "LoadReport", "RemoteModel", "TensorSlice", "index_of", "open_model"]
+__all__ = ["LoadPlan", "LoadReport", "RemoteModel", "TensorSlice", "index_of", "open_model", "places_in"]
 
 Patterns: TypeAlias = str | Iterable[str] | None
 Order: TypeAlias = Literal["importance", "layer", "file"] | Callable[[str], Any] | Mapping[str, Any]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_NO_FILE = (403, 404, 410)
+"""What servers answer who is asked for a folder as if it were a file; or they send a list of what is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,8 @@ def open_model(
     """A model at a URL, at a path below the configured endpoints, or in a local file; only its headers are read.
 
     Takes a ``.safetensors`` file, a ``.safetensors.index.json``, or a folder that has ``model.safetensors`` or its
-    index.
-    ``include`` and ``exclude`` are glob patterns of tensor names. Raises NetworkError: FormatError if it is no such
-    model.
+    index: where its URL does not end in a slash, that takes a request more. ``include`` and ``exclude`` are glob
+    patterns of tensor names. Raises NetworkError: FormatError if it is no such model.
     """
     source, path = source_of(url_or_path, config)
     try:
@@ -96,17 +98,33 @@ def open_model(
 def _header_at(source: Source, path: str) -> ModelHeader:
     name = urlsplit(path).path
     if name.endswith(".json"):
-        return _sharded(source, path)
-    if name and not name.endswith("/"):
-        return _single(source, path)
+        return _sharded(source, path, _all_of(source, path))
+    if not name or name.endswith("/"):
+        return _of_folder(source, path)
     try:
-        return _sharded(source, _beside(path, _INDEX))
+        return _single(source, path)
+    except (HttpError, FormatError, OfflineError) as error:
+        is_no_file = not isinstance(error, HttpError) or error.status in _NO_FILE
+        if is_no_file and not name.endswith(".safetensors"):
+            with suppress(NetworkError):  # what the file itself gave says more
+                return _of_folder(source, _beside(path, "/"))
+        raise
+
+
+def _of_folder(source: Source, folder: str) -> ModelHeader:
+    index, single = places_in(folder)
+    try:
+        data = _all_of(source, index)
     except (NotFound, OfflineError):
-        return _single(source, _beside(path, _SINGLE))
+        try:
+            return _single(source, single)
+        except NotFound as error:
+            raise NotFound(f"there is neither {_INDEX} nor {_SINGLE}: name the file", url=error.url) from error
+    return _sharded(source, index, data)
 
 
-def _sharded(source: Source, path: str) -> ModelHeader:
-    index = index_of(_all_of(source, path), path)
+def _sharded(source: Source, path: str, data: bytes) -> ModelHeader:
+    index = index_of(data, path)
     shards = shards_of(index)
     source.prefetch(shards)
     return merge(index, {shard: _single(source, shard) for shard in shards})
@@ -123,6 +141,11 @@ def index_of(data: BytesLike, path: str) -> Index:
     index = read_index(data, path)
     _, mark, query = path.partition("?")
     return replace(index, weight_map={name: shard + mark + query for name, shard in index.weight_map.items()})
+
+
+def places_in(folder: str) -> tuple[str, str]:
+    """Where the model in a folder may lie: its index, or the one file that it is."""
+    return _beside(folder, _INDEX), _beside(folder, _SINGLE)
 
 
 def _beside(folder: str, name: str) -> str:

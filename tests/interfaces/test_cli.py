@@ -104,7 +104,6 @@ def test_each_error_has_its_exit_code(error: BaseException, code: int) -> None:
         ("pull", "http://127.0.0.1:9/x", "--timeout", "-1"),
         ("pull", "ftp://example.com/x"),
         ("pull", "model.safetensors"),
-        ("pull", "http://127.0.0.1:9/folder/"),
         ("inspect", "gopher://example.com/x"),
         ("inspect", "http://127.0.0.1:9/x#top"),
         ("serve", ".", "--latency", "-1"),
@@ -298,7 +297,7 @@ def test_an_interrupt_as_a_file_comes_to_its_place_is_told_as_one(
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {file.name: sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    return {file.name: sha256(file.read_bytes()).hexdigest() for file in folder.iterdir() if file.is_file()}
 
 
 @pytest.fixture
@@ -329,6 +328,22 @@ def test_pull_brings_index_and_shards(sharded: tuple[Origin, str, Path], tmp_pat
     assert all(row["from_cache"] and row["to"] is None for row in again)
     assert main(["pull", url]) == 0
     assert capsys.readouterr().out.count("in the cache  (was cached)") == 4
+
+
+def test_pull_takes_the_model_of_a_folder(
+    sharded: tuple[Origin, str, Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _, folder = sharded
+    write(folder / "one" / "model.safetensors", LLAMA)
+    (folder / "none").mkdir()
+    assert main(["pull", f"{server.url}/?token=1", "--to", str(tmp_path / "out")]) == 0
+    assert digests(tmp_path / "out") == digests(folder)
+    assert main(["pull", f"{server.url}/one/", "--to", str(tmp_path / "single")]) == 0
+    assert digests(tmp_path / "single") == digests(folder / "one")
+    assert main(["pull", f"{server.url}/none/"]) == 4
+    assert "no such object: check the path" in capsys.readouterr().err
+    monkeypatch.setenv("HOLOTENSOR_OFFLINE", "1")
+    assert main(["pull", f"{server.url}/one/"]) == 0
 
 
 def test_pull_takes_what_matches(sharded: tuple[Origin, str, Path], tmp_path: Path, capsys: Capture) -> None:

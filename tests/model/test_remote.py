@@ -5,6 +5,7 @@ import http.server
 import json
 import logging
 import os
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -148,8 +149,60 @@ def test_a_folder_with_an_index_opens_by_it(origin: StartOrigin, tmp_path: Path)
 
 def test_a_folder_with_nothing_to_open_is_not_found(origin: StartOrigin, tmp_path: Path) -> None:
     for where in (f"{origin().url}/", tmp_path):
-        with pytest.raises(NotFound):
+        with pytest.raises(
+            NotFound, match=r"neither model\.safetensors\.index\.json nor model\.safetensors: name the file"
+        ):
             open_model(where)
+
+
+def test_a_folder_that_lacks_a_shard_says_which(origin: StartOrigin, tmp_path: Path) -> None:
+    write_index(tmp_path, LLAMA)
+    lost = sorted(tmp_path.glob("*.safetensors"))[-1]
+    lost.unlink()
+    for where in (f"{origin().url}/", tmp_path):
+        with pytest.raises(NotFound, match=re.escape(lost.name)):
+            open_model(where)
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+@pytest.mark.parametrize("refusal", ["404 Not Found", "403 Forbidden", "200 OK"])
+def test_a_folder_needs_no_slash(tmp_path: Path, refusal: str, is_sharded: bool) -> None:
+    """Servers are of several minds about what to say of a folder that is asked for like a file."""
+    if is_sharded:
+        write_index(tmp_path / "llama-3.1", LLAMA)
+    else:
+        write(tmp_path / "llama-3.1" / "model.safetensors", LLAMA)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if not self.path.partition("?")[0].endswith("llama-3.1"):
+                super().do_GET()
+                return
+            status, text = refusal.split(" ", 1)
+            self.send_response(int(status), text)
+            self.send_header("Content-Length", "17")
+            self.end_headers()
+            self.wfile.write(b"<html>llama</html"[:17])
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            for query in ("", "?signature=1"):
+                with open_model(f"{url}/llama-3.1{query}") as model:
+                    assert_same(dict(model.stream()), LLAMA)
+            with open_model(f"{url}/llama-3.1", config=NetworkConfig(offline=True)) as model:
+                assert set(model) == LLAMA.keys()
+            (tmp_path / "text").write_text("Invalid username or password.")
+            with pytest.raises(FormatError, match="this looks like text"):
+                open_model(f"{url}/text")
+            with pytest.raises(NotFound, match=r"check the path .*/nothing, "):
+                open_model(f"{url}/nothing")
+        finally:
+            server.shutdown()
 
 
 def test_an_index_may_be_long(origin: StartOrigin, tmp_path: Path) -> None:
