@@ -21,7 +21,7 @@ from typing import Any
 from ..config import CacheConfig
 from ..errors import CacheError, InsufficientDisk
 from .blobs import BlobStore, Left, is_worth_a_sync
-from .entries import CacheEntry, EntryFiles, Held, Usage, dispensability
+from .entries import CacheEntry, EntryFiles, Garbled, Held, Usage, dispensability
 from .ledger import Ledger, Named
 from .news import Item, Kind, News
 from .parts import PartFile
@@ -206,21 +206,40 @@ class DiskTier:
         Blobs without an entry, which a process that was killed between the two has left, go too.
         """
         broken: dict[str, str] = {}
-        sound: dict[tuple[str, int], bool] = {}
+        sound: set[tuple[str, int]] = set()
         for name in list(self.entries.names()):
-            entry = self.entries.read(name)
-            blob = (_digest_in(entry), entry.size) if entry is not None else ("", 0)
-            if entry is not None and blob not in sound:
-                sound[blob] = self.blobs.check(*blob)
-            if entry is None or not sound[blob]:
+            is_sound, entry = self._examined(name, sound)
+            if not is_sound:
                 self.entries.remove(name)
-                gone = () if entry is None else (Item(Kind.NO_BLOB, other=blob[0]),)
+                gone = () if entry is None else (Item(Kind.NO_BLOB, other=_digest_in(entry)),)
                 self._ledger.announce(Item(Kind.NO_ENTRY, name), *gone)
                 broken[name] = name if entry is None else entry.fragment_id
         with self._sweeping:
             self._ledger.refresh(anew=True)
             self._sweep_orphans()
         return broken
+
+    def _examined(self, name: str, sound: set[tuple[str, int]]) -> tuple[bool, CacheEntry | None]:
+        """Whether an entry and its bytes are sound, and what it says; those that are ``sound`` were hashed before.
+
+        One that has gone meanwhile is no damage, nor are bytes that have gone with the entry that named them: others
+        evict and replace at any moment, the entry before its bytes."""
+        before: CacheEntry | None = None
+        while True:
+            try:
+                entry = self.entries.examined(name)
+            except Garbled:
+                self.blobs.set_aside(Path(self.entries.path_of(name)))
+                return False, None
+            if entry is None:
+                return True, None
+            blob = _digest_in(entry), entry.size
+            if before is not None and before.version == entry.version:
+                return False, entry
+            if blob in sound or self.blobs.check(*blob):
+                sound.add(blob)
+                return True, entry
+            before = entry
 
     def sweep(self) -> None:
         """Delete what processes that are gone have left, but for what is worth resuming."""

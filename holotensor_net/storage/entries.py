@@ -31,7 +31,7 @@ from .blobs import BlobStore
 from .files import contents, scan, translated
 from .freshness import Freshness, answer_in, is_same_entity, is_storable, kept, refreshed
 
-__all__ = ["CacheEntry", "EntryFiles", "Held", "Usage", "dispensability"]
+__all__ = ["CacheEntry", "EntryFiles", "Garbled", "Held", "Usage", "dispensability"]
 
 _SCHEMA = 1
 _MOST_ENTRY_BYTES = 1 << 20
@@ -279,20 +279,25 @@ class EntryFiles:
         return digest[1].decode(), status.st_mtime, int(head[1])
 
     def read(self, name: str) -> CacheEntry | None:
+        try:
+            return self.examined(name)
+        except Garbled:
+            self._blobs.set_aside(Path(self.path_of(name)))
+            return None
+
+    def examined(self, name: str) -> CacheEntry | None:
+        """The entry, None if there is none. Raises Garbled for what cannot be understood, and leaves it where it is."""
         path = f"{self._folder}/{name[:2]}/{name}.json"
         try:
             text, status = contents(path, _MOST_ENTRY_BYTES)
             return _unpacked(text, status.st_mtime)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except _Garbled:
-            pass
         except OSError as error:
-            if error.errno != errno.ELOOP:
-                with self._reading:
-                    raise
-        self._blobs.set_aside(Path(path))
-        return None
+            if error.errno == errno.ELOOP:
+                raise Garbled from error
+            with self._reading:
+                raise
 
     def write(self, name: str, entry: CacheEntry) -> None:
         # It tells itself whether it is whole, so that nothing has to wait for the disk.
@@ -326,7 +331,7 @@ class EntryFiles:
         return True
 
 
-class _Garbled(Exception):
+class Garbled(Exception):
     """An entry file that cannot be understood."""
 
 
@@ -378,13 +383,13 @@ def _sealed(data: dict[str, Any], uses: int = 0) -> bytes:
 
 
 def _unpacked(text: bytes, last_accessed: float) -> CacheEntry:
-    """The entry that :func:`_packed` wrote. Raises _Garbled for anything else.
+    """The entry that :func:`_packed` wrote. Raises Garbled for anything else.
 
     It is made field by field: a cache of many entries is listed by little else.
     """
     head = _USES.match(text)
     if head is None or head[2] != _check(memoryview(text)[head.end() :]):
-        raise _Garbled
+        raise Garbled
     try:
         *plain, schema, span, freshness = _values(_decoded(text.decode())[0])
         fragment_id, size, digest, etag, modified, is_strong, url, whole, cached_at, stamp, variant = plain
@@ -397,11 +402,11 @@ def _unpacked(text: bytes, last_accessed: float) -> CacheEntry:
             and (stamp or 0) >= 0
             and _DIGEST.fullmatch(digest)
         ):
-            raise _Garbled
+            raise Garbled
         byte_range = None if span is None else RangeRequest(*span)
         headers, requested_at, received_at = answer_in(freshness)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CacheError) as error:
-        raise _Garbled from error
+        raise Garbled from error
     return _made(
         {
             "fragment_id": fragment_id,

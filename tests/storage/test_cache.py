@@ -841,6 +841,29 @@ class TestDamage:
         assert cache.get("rotted") is None
         assert cache.get("sound") == payload("sound", 50)
 
+    @pytest.mark.parametrize("meanwhile", ["evict", "replace"])
+    def test_what_others_evict_or_replace_during_a_verification_is_no_damage(
+        self, open_cache: Open, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+    ) -> None:
+        cache, other, keys, check = open_cache(), open_cache(), "ab", BlobStore.check
+        for key in keys:
+            cache.put(key, payload(key, 50))
+
+        def interrupted(store: BlobStore, digest: str, size: int) -> bool:
+            monkeypatch.setattr(BlobStore, "check", check)
+            if meanwhile == "evict":
+                other.prune(0)
+            else:
+                for key in keys:
+                    other.put(key, payload(f"new {key}", 60))
+                other.sync()
+            return store.check(digest, size)
+
+        monkeypatch.setattr(BlobStore, "check", interrupted)
+        assert cache.verify() == []
+        expected = {"evict": None, "replace": payload("new a", 60)}
+        assert cache.get("a") == expected[meanwhile]
+
 
 class TestQuota:
     @pytest.mark.parametrize("memory_size", [0, 10_000])
