@@ -804,7 +804,9 @@ def _cancelled(known: weakref.ref[Fetcher], waiter: Waiter) -> None:
 
 
 def _defect(error: Exception) -> NetworkError:
-    """What a caller is told of a defect of ours, which must not leave it waiting for ever."""
+    """What a caller is told of a defect of ours, which must not leave it waiting for ever; or of what is none."""
+    if isinstance(error, NetworkError):  # a path that cannot be asked for
+        return error
     told = NetworkError(f"internal error: {error!r}; please report it")
     told.__cause__ = error
     return told

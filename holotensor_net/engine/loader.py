@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import NetworkConfig, offline
-from ..errors import Cancelled, ConfigurationError, NetworkError, OfflineError, redact_url
+from ..errors import Cancelled, ConfigurationError, NetworkError, ObjectChanged, OfflineError, redact_url
 from ..storage.cache import FragmentCache
+from ..transport.guards import check_checksum
 from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority, RangeRequest
 from .fetcher import Fetcher
 from .request_cache import Found, RequestCache
@@ -275,7 +276,7 @@ class NetworkLoader:
         """A result without the network, or what the cache has that the network may confirm."""
         began = time.monotonic()
         if request.byte_range is not None and not request.byte_range.length:
-            return LoadSuccess(request.fragment_id, memoryview(b""))
+            return _nothing(request)
         found = self._requests.find(request, unseen=True)
         data = self._requests.data(found) if found is not None and (found.is_fresh or is_offline) else None
         if data is None:
@@ -306,13 +307,24 @@ class NetworkLoader:
         data = self._requests.data(found)
         if data is None or (wanted.stop > len(data) and not request.allow_short):
             return None
-        return data[wanted.start : wanted.stop], found
+        part = data[wanted.start : wanted.stop]
+        return (part, found) if request.expected_size in (None, len(part)) else None
 
 
 def _done(answer: LoadResult) -> Future[LoadResult]:
     future: Future[LoadResult] = Future()
     future.set_result(answer)
     return future
+
+
+def _nothing(request: LoadRequest) -> LoadSuccess:
+    """The fragment of an empty range, which nobody has to be asked for. Raises what is wrong with it."""
+    if request.expected_size:
+        raise ObjectChanged(f"the fragment has 0 bytes, not the {request.expected_size} expected")
+    nothing = memoryview(b"")
+    if request.checksum is not None:
+        check_checksum(nothing, request.checksum)
+    return LoadSuccess(request.fragment_id, nothing)
 
 
 def _not_cached(path: str) -> OfflineError:

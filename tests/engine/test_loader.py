@@ -30,11 +30,13 @@ from holotensor_net.engine import loader as room
 from holotensor_net.engine.loader import NetworkLoader
 from holotensor_net.errors import (
     Cancelled,
+    ChecksumMismatch,
     ConfigurationError,
     DeadlineExceeded,
     HttpError,
     InvalidUrl,
     NotFound,
+    ObjectChanged,
     OfflineError,
 )
 from holotensor_net.origin import Behaviour, Origin
@@ -136,6 +138,8 @@ def test_a_path_that_cannot_be_asked_for_is_a_failure_too(make: Make, path: str)
     loader = make("http://127.0.0.1:1")
     assert isinstance(loader.load(LoadRequest("id", path)).error, InvalidUrl)
     assert isinstance(loader.enqueue(LoadRequest("id", path)).result(0).error, InvalidUrl)
+    sealed = LoadRequest("id", path, byte_range=RangeRequest(0, 5), checksum=f"sha256:{0:064}")
+    assert isinstance(loader.load(sealed).error, InvalidUrl)
 
 
 def test_many_are_loaded_each_to_its_own_future(make: Make, served: Callable[..., Origin]) -> None:
@@ -244,6 +248,14 @@ def test_what_lies_beyond_an_end_that_nobody_knew_is_a_failure(make: Make, serve
 def test_an_empty_range_needs_no_network(make: Make) -> None:
     request = LoadRequest("id", "file", byte_range=RangeRequest(5, 5))
     assert make("http://127.0.0.1:1").load(request).data == b""
+
+
+@pytest.mark.parametrize(
+    ("said", "error"), [({"expected_size": 1}, ObjectChanged), ({"checksum": f"sha256:{0:064}"}, ChecksumMismatch)]
+)
+def test_an_empty_range_is_no_other_fragment(make: Make, said: dict[str, Any], error: type[Exception]) -> None:
+    request = LoadRequest("id", "file", byte_range=RangeRequest(5, 5), **said)
+    assert isinstance(make("http://127.0.0.1:1").load(request).error, error)
 
 
 def test_a_server_says_what_it_has_without_sending_it(make: Make, served: Callable[..., Origin]) -> None:
@@ -410,6 +422,17 @@ def test_a_range_beyond_the_whole_that_is_cached_is_short_or_asked_for(
     result = loader.load(LoadRequest("part", "file", byte_range=wanted, allow_short=allow_short))
     assert result.is_success is allow_short
     assert (server.stats().requests == 0) is allow_short
+
+
+def test_a_range_of_another_size_than_expected_is_none_of_the_whole_that_is_cached(
+    make: Make, served: Callable[..., Origin]
+) -> None:
+    loader = make(served(cache_control="max-age=60").url)
+    request = LoadRequest("part", "file", byte_range=RangeRequest(0, 5), expected_size=7)
+    assert isinstance(loader.load(request).error, ObjectChanged)
+    assert loader.load(REQUEST).is_success
+    assert not loader.is_cached(request)
+    assert isinstance(loader.load(request).error, ObjectChanged)
 
 
 def test_a_whole_that_is_stale_vouches_for_no_part(make: Make, served: Callable[..., Origin]) -> None:
