@@ -50,14 +50,14 @@ _TEXTS = (
     (rb"version https://git-lfs", "a Git LFS pointer: ask for the file itself, not for its place in the repository"),
     (rb"\s*<(!doctype html|html|head|body)", "HTML: is the URL the raw file?"),
     (rb"\s*<", "XML: is the URL the raw file, and may you read it?"),
-    (rb"\s*[{\[]", "JSON: an index is opened as *.safetensors.index.json, a manifest as *.json"),
+    (rb"\s*[{\[]", "JSON: an index is opened as *.safetensors.index.json"),
     (rb"[\t\n\r\x20-\x7e]*\Z", "text: is the URL the raw file?"),
 )
 _BINARIES = (
     (rb"PK\x03\x04", "a zip archive, as PyTorch writes: convert it to safetensors"),
     (rb"\x80[\x02-\x05]", "a Python pickle: convert it to safetensors"),
-    (rb"GGUF", "GGUF: open it as *.gguf"),
-    (rb"HTNS", "a HoloTensor container: open it as *.holo"),
+    (rb"GGUF", "GGUF, which is not read: ask for the model as safetensors"),
+    (rb"HTNS", "a HoloTensor container, which is not read: ask for the model as safetensors"),
     (rb"\x1f\x8b|\x28\xb5\x2f\xfd", "a compressed file: serve it uncompressed"),
 )
 
