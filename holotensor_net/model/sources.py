@@ -83,7 +83,11 @@ def endpoint_of(url: str, config: NetworkConfig) -> tuple[NetworkConfig, str]:
     if "#" in url:
         raise InvalidUrl("leave out what follows '#'", url=url)
     if "://" not in url:
-        return config.with_default_endpoint(), url
+        try:
+            return config.with_default_endpoint(), url
+        except ConfigurationError as error:
+            told = f"{redact_url(url)!r} is no URL (http://, https://)"
+            raise ConfigurationError(f"{told}; a path needs NetworkConfig.endpoints or HOLOTENSOR_ENDPOINT") from error
     if config.endpoints or os.environ.get("HOLOTENSOR_ENDPOINT"):
         own = config.with_default_endpoint()
         for endpoint in own.endpoints:

@@ -198,7 +198,9 @@ def error_of_status(status: int, headers: Headers, now: float) -> HttpError:
     if status in (429, 503):
         return RateLimited(status=status, retry_after=retry_after(headers, now))
     if status in (401, 403, 407):
-        return HttpError(status, f"the server answered {status}: check the credentials (auth=, HOLOTENSOR_TOKEN)")
+        credentials = "the credentials (auth=, or HOLOTENSOR_TOKEN with HOLOTENSOR_ENDPOINT)"
+        path = ", and the path" if status == 403 else ""  # many a server answers that for what is not there
+        return HttpError(status, f"the server answered {status}: check {credentials}{path}")
     return HttpError(status=status)
 
 

@@ -7,6 +7,7 @@ the URL that the libraries' own words would repeat.
 from __future__ import annotations
 
 import http.client
+import socket
 import sys
 
 import requests
@@ -56,9 +57,9 @@ def _ours(error: BaseException, cause: BaseException | None) -> NetworkError:
         case urllib3.exceptions.ReadTimeoutError() | TimeoutError():
             return StalledTransfer("the bytes stopped, or came too slowly")
         case requests.exceptions.SSLError():
-            return ConnectionFailed(f"no secure connection: {reason}")
+            return ConnectionFailed(f"no secure connection: {reason}: check https://, and what is trusted (verify=)")
         case requests.exceptions.ProxyError():
-            return ConnectionFailed(f"the proxy refused: {reason}")
+            return ConnectionFailed(f"the proxy refused: {reason}: see HTTP_PROXY, HTTPS_PROXY, NO_PROXY and proxies=")
         case requests.exceptions.InvalidProxyURL() | requests.exceptions.InvalidSchema():
             return ConfigurationError("the proxy cannot be used: see CdnEndpoint.proxies, HTTP_PROXY and HTTPS_PROXY")
         case requests.exceptions.InvalidURL():
@@ -69,9 +70,16 @@ def _ours(error: BaseException, cause: BaseException | None) -> NetworkError:
             return ProtocolError(f"the answer is not HTTP: {reason}")
         case requests.ConnectionError():
             unreached = isinstance(_root(error), urllib3.exceptions.NewConnectionError)
-            return ConnectionFailed(reason, established=not unreached)
+            return ConnectionFailed(f"{reason}: {_advice(cause)}" if unreached else reason, established=not unreached)
         case _:
             return ConnectionFailed(f"the connection was cut: {reason}", established=True)
+
+
+def _advice(cause: BaseException | None) -> str:
+    """What to look at where no connection came about."""
+    if isinstance(cause, socket.gaierror):
+        return "check the host's name, and whether this machine is online"
+    return "check host and port, and whether the server runs"
 
 
 def _is_gibberish(cause: BaseException | None) -> bool:

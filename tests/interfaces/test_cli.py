@@ -123,6 +123,11 @@ def test_a_wrong_command_line_is_2_and_says_what_is_wrong(arguments: tuple[str, 
     assert "Traceback" not in err
 
 
+def test_a_path_without_an_endpoint_is_told_from_a_url(capsys: Capture) -> None:
+    assert main(["pull", "cdn.example.com/model.safetensors"]) == 2
+    assert "'cdn.example.com/model.safetensors' is no URL (http://, https://)" in capsys.readouterr().err
+
+
 def test_a_port_in_use_is_told(origin: StartOrigin, tmp_path: Path, capsys: Capture) -> None:
     assert usage("serve", tmp_path, "--port", origin().port) == 2
     assert "choose another --host or --port" in capsys.readouterr().err
@@ -155,8 +160,13 @@ FAULTS: dict[str, tuple[str, type[errors.NetworkError], int, str]] = {
     "nothing there": ("{origin}/no.safetensors", errors.NotFound, 4, "no such object: check the path"),
     "no endpoint": ("no.safetensors", errors.NotFound, 4, "neither a URL (http://, https://) nor a file that exists"),
     "wrong scheme": ("ftp://example.com/x", errors.InvalidUrl, 2, "a URL must begin with http:// or https://"),
-    "dead endpoint": ("{dead}/x.safetensors", errors.RetriesExhausted, 5, "gave up after 4 attempts"),
-    "locked": ("{locked}/m.safetensors", errors.HttpError, 7, "check the credentials (auth=, HOLOTENSOR_TOKEN)"),
+    "dead endpoint": (
+        "{dead}/x.safetensors",
+        errors.RetriesExhausted,
+        5,
+        "gave up after 4 attempts; the last one: Connection refused: check host and port, and whether the server runs",
+    ),
+    "locked": ("{locked}/m.safetensors", errors.HttpError, 7, "check the credentials (auth=, or HOLOTENSOR_TOKEN with"),
     "text": ("{origin}/text.safetensors", errors.FormatError, 1, "text: is the URL the raw file?"),
     "HTML": ("{origin}/html.safetensors", errors.FormatError, 1, "HTML: is the URL the raw file?"),
     "empty": ("{origin}/empty.safetensors", errors.FormatError, 1, "it is empty"),

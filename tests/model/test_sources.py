@@ -103,7 +103,7 @@ def test_the_token_of_the_environment_is_for_its_endpoint_only(monkeypatch: pyte
 
 
 def test_a_path_without_an_endpoint_is_a_mistake_in_the_configuration() -> None:
-    with pytest.raises(ConfigurationError, match="name a server"):
+    with pytest.raises(ConfigurationError, match="a path needs NetworkConfig"):
         endpoint_of("m.safetensors", NetworkConfig())
 
 

@@ -956,11 +956,11 @@ def test_a_status_is_its_error_and_retried_if_it_may_pass(
         assert wire.connections == 1  # what was left of each body was read
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_says_where_credentials_come_from(client: Open, status: int) -> None:
+@pytest.mark.parametrize(("status", "more"), [(401, r"\)"), (403, r"\), and the path")])
+def test_a_refusal_says_where_credentials_come_from(client: Open, status: int, more: str) -> None:
     with (
         Wire(answer(status=status)) as wire,
-        pytest.raises(HttpError, match=r"check the credentials .*HOLOTENSOR_TOKEN"),
+        pytest.raises(HttpError, match=rf"check the credentials .*HOLOTENSOR_TOKEN with HOLOTENSOR_ENDPOINT{more} \["),
     ):
         client(wire).fetch("a")
 
@@ -1641,9 +1641,17 @@ def test_no_failure_shows_a_secret(client: Open, sent: Any, caplog: pytest.LogCa
     assert f"{wire.url}/a?…" in shown
 
 
-@pytest.mark.parametrize("kind", ["refused", "no TLS", "unknown name", "proxy"])
-def test_no_failure_to_connect_shows_a_secret(
-    client: Open, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("refused", "check host and port"),
+        ("no TLS", "check https://"),
+        ("unknown name", "check the host's name"),
+        ("proxy", "see HTTP_PROXY"),
+    ],
+)
+def test_no_failure_to_connect_shows_a_secret_and_each_says_what_to_look_at(
+    client: Open, kind: str, advice: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     options: dict[str, Any] = {}
@@ -1659,7 +1667,7 @@ def test_no_failure_to_connect_shows_a_secret(
                 raise socket.gaierror(-2, "Name or service not known")
 
             monkeypatch.setattr(socket, "getaddrinfo", unknown)
-        with pytest.raises(ConnectionFailed) as caught:
+        with pytest.raises(ConnectionFailed, match=advice) as caught:
             client(url, auth=SECRET, **options).fetch(f"a?signature={SECRET}")
     assert SECRET not in "".join(traceback.format_exception(caught.value)) + caplog.text
     assert not caught.value.established
@@ -1682,7 +1690,7 @@ def test_a_name_that_nobody_resolves_is_a_timeout(client: Open, resolver: Resolv
 
 def test_a_refused_connection_says_why(client: Open) -> None:
     with closed_port() as port:
-        with pytest.raises(ConnectionFailed, match="Connection refused") as caught:
+        with pytest.raises(ConnectionFailed, match="Connection refused: check host and port") as caught:
             client(f"http://127.0.0.1:{port}").fetch("a")
         assert not caught.value.established
 
@@ -1730,7 +1738,7 @@ def test_a_server_is_trusted_by_a_bundle(client: Open, trust: str, monkeypatch: 
 
 def test_a_server_that_nobody_vouches_for_is_refused(client: Open) -> None:
     with Wire(tls=True) as wire:
-        with pytest.raises(ConnectionFailed, match=r"no secure connection.*certificate"):
+        with pytest.raises(ConnectionFailed, match=r"no secure connection.*certificate.*verify="):
             client(wire).fetch("a")
         assert not wire.requests
 
