@@ -36,6 +36,7 @@ from .files import (
     flat,
     is_gone,
     is_held,
+    is_hopeless,
     is_remote,
     opened,
     private_name,
@@ -152,7 +153,22 @@ class BlobStore:
             # Not of a mapping: where the disk gives an error, the system ends the process that looks into it.
             return span_of(blocks(fd, 0, size), 0).digest == digest or None
 
-        return self._read(digest, size, right) is not None
+        try:
+            return self._read(digest, size, right) is not None
+        except CacheError as error:
+            if not is_hopeless(error):
+                raise
+        self.set_aside(self.path_of(digest))
+        return False
+
+    def twin(self, digest: str, size: int) -> memoryview | None:
+        """:meth:`open` for whoever has the bytes too, and takes the place of what cannot be read."""
+        try:
+            return self.open(digest, size)
+        except CacheError as error:
+            if not is_hopeless(error):
+                raise
+        return None
 
     def _read(self, digest: str, size: int, right: Callable[[int, os.stat_result], _T | None]) -> _T | None:
         """What ``right`` gives of the blob, None if it is absent, or damaged: then ``right`` gives None, or the disk an
@@ -233,7 +249,7 @@ class BlobStore:
         """Store the bytes, whose digest the caller may know already; gives it."""
         view = flat(data)
         digest = digest or digest_of(view)
-        if self.open(digest, len(view)) is None:
+        if self.twin(digest, len(view)) is None:
             self.replace(self._place(digest), view, durable=is_worth_a_sync(len(view)))
         return digest
 

@@ -22,6 +22,7 @@ from ..config import CacheConfig
 from ..errors import CacheError, InsufficientDisk
 from .blobs import BlobStore, Left, is_worth_a_sync
 from .entries import CacheEntry, EntryFiles, Garbled, Held, Usage, dispensability
+from .files import is_hopeless
 from .ledger import Ledger, Named
 from .news import Item, Kind, News
 from .parts import PartFile
@@ -228,7 +229,9 @@ class DiskTier:
         while True:
             try:
                 entry = self.entries.examined(name)
-            except Garbled:
+            except (Garbled, CacheError) as error:
+                if isinstance(error, CacheError) and not is_hopeless(error):
+                    raise
                 self.blobs.set_aside(Path(self.entries.path_of(name)))
                 return False, None
             if entry is None:
@@ -346,7 +349,7 @@ class DiskTier:
 
     def _before(self, name: str) -> CacheEntry | None:
         """The entry that another is to take the place of."""
-        return self.entries.read(name) if self.entries.exists(name) else None
+        return self.entries.read(name, is_dispensable=True) if self.entries.exists(name) else None
 
     def _evictions(self, limit: int, *, in_the_dark: bool) -> Iterator[tuple[str, int]]:
         """Drop what is most dispensable until ``limit`` bytes are left; gives each entry's name, "" for a part file,
@@ -367,7 +370,7 @@ class DiskTier:
             if isinstance(known, Left):
                 yield "", self._drop_part(name, known)
                 continue
-            entry = self.entries.read(name)
+            entry = self.entries.read(name, is_dispensable=True)
             if entry is None:
                 self._ledger.miss(name)
                 continue

@@ -28,7 +28,7 @@ from typing import Any
 from ..errors import CacheError
 from ..values import RangeRequest, Validator
 from .blobs import BlobStore
-from .files import contents, scan, translated
+from .files import contents, is_hopeless, scan, translated
 from .freshness import Freshness, answer_in, is_same_entity, is_storable, kept, refreshed
 
 __all__ = ["CacheEntry", "EntryFiles", "Garbled", "Held", "Usage", "dispensability"]
@@ -270,7 +270,7 @@ class EntryFiles:
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except OSError as error:
-                if error.errno != errno.ELOOP:
+                if error.errno != errno.ELOOP and not is_hopeless(error):
                     raise
                 return None
         head, digest = _USES.match(text), _NAMED.search(text)
@@ -278,12 +278,16 @@ class EntryFiles:
             return None
         return digest[1].decode(), status.st_mtime, int(head[1])
 
-    def read(self, name: str) -> CacheEntry | None:
+    def read(self, name: str, *, is_dispensable: bool = False) -> CacheEntry | None:
+        """The entry. ``is_dispensable``: to let it go or to replace it, so that one that cannot be read is none."""
         try:
             return self.examined(name)
         except Garbled:
             self._blobs.set_aside(Path(self.path_of(name)))
-            return None
+        except CacheError as error:
+            if not (is_dispensable and is_hopeless(error)):
+                raise
+        return None
 
     def examined(self, name: str) -> CacheEntry | None:
         """The entry, None if there is none. Raises Garbled for what cannot be understood, and leaves it where it is."""

@@ -33,6 +33,7 @@ __all__ = [
     "hold",
     "is_gone",
     "is_held",
+    "is_hopeless",
     "is_in_memory",
     "is_remote",
     "opened",
@@ -172,6 +173,13 @@ class translated:
             ) from error
         told = error.strerror or error
         raise CacheError(f"cannot {self._doing} in {self._root} ({told}): {_advice(error)}") from error
+
+
+def is_hopeless(error: BaseException) -> bool:
+    """Whether an OSError, or the CacheError that it became, tells of this file alone, and it will not do better: it is
+    another user's, or lies on a bad sector. In its folder another may take its place."""
+    cause = error if isinstance(error, OSError) and not isinstance(error, CacheError) else error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def _advice(error: OSError) -> str:

@@ -191,7 +191,7 @@ class PartFile:
 
         Where the same bytes are published already, theirs is the view, and this file is discarded.
         """
-        twin = self._store.open(digest, self.size)
+        twin = self._store.twin(digest, self.size)
         if twin is not None:
             self.discard()
             return twin

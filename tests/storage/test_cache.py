@@ -1431,6 +1431,71 @@ class TestFailingDisk:
             assert len(caplog.records) == 1
             del cache
 
+    @pytest.fixture
+    def forbid(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+        """Let a file be another user's: it cannot be opened any more, be it found by this name or another."""
+        theirs, opened = set(), os.open
+
+        def forbidden(path: Path) -> None:
+            os.link(path, tmp_path / "theirs")  # its number is given to no other file
+            theirs.add(path.stat().st_ino)
+
+        def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+            if os.path.lexists(path) and os.lstat(path).st_ino in theirs:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return opened(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "open", refuse)
+        return forbidden
+
+    @pytest.mark.parametrize("size", [100, LARGE])
+    @pytest.mark.parametrize("kind", ["entries", "blobs"])
+    @pytest.mark.parametrize("way", ["put", "part"])
+    def test_what_cannot_be_read_is_replaced(
+        self, open_cache: Open, tmp_path: Path, forbid: Callable[[Path], None], size: int, kind: str, way: str
+    ) -> None:
+        cache, data = open_cache(), payload("a", size)
+        cache.put("a", data)
+        (theirs,) = of(kind, tmp_path / "cache")
+        forbid(theirs)
+        assert cache.get("a") is None
+        if way == "put":
+            cache.put("a", data)
+        else:
+            part = cache.create(size)
+            assert part is not None
+            part.write(0, data)
+            cache.adopt("a", part, CacheEntry("a", size))
+        assert cache.get("a") == data
+
+    @pytest.mark.parametrize("kind", ["entries", "blobs"])
+    def test_what_cannot_be_read_makes_way(
+        self, open_cache: Open, tmp_path: Path, clock: Clock, forbid: Callable[[Path], None], kind: str
+    ) -> None:
+        cache = open_cache(max_size=1000, free_space_reserve=0)
+        for number in range(5):
+            cache.put(f"old {number}", payload(f"old {number}", 100))
+        forbid(of(kind, tmp_path / "cache")[0])
+        cache = open_cache(max_size=1000, free_space_reserve=0)
+        for number in range(20):
+            clock.now += 10
+            cache.put(f"new {number}", payload(f"new {number}", 100))
+        assert cache.get("new 19") == payload("new 19", 100)
+        blobs = of("blobs", tmp_path / "cache")
+        assert cache.stats().disk_size == sum(path.stat().st_size for path in blobs) <= 1000
+
+    @pytest.mark.parametrize("kind", ["entries", "blobs"])
+    def test_what_cannot_be_read_is_found_by_verification(
+        self, open_cache: Open, tmp_path: Path, forbid: Callable[[Path], None], kind: str
+    ) -> None:
+        cache = open_cache()
+        for key in "abc":
+            cache.put(key, payload(key, 100))
+        forbid(of(kind, tmp_path / "cache")[0])
+        assert len(cache.verify()) == 1
+        assert cache.verify() == []
+        assert len([*cache]) == 2
+
     def test_too_many_open_files(self, open_cache: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         cache = open_cache(memory_size=10_000)
         cache.put("a", b"abc")
