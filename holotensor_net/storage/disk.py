@@ -271,7 +271,12 @@ class DiskTier:
         """Let others go for what is about to be there, and tell of it before, unless there is room enough for many."""
         if self.size(is_urgent=True) + blob.number > self._low:
             self._ledger.announce(blob)
-            self._keep_to_limit()
+            try:
+                self._keep_to_limit()
+            except CacheError:
+                if not self.blobs.has(blob.other, blob.number):
+                    self._ledger.tell(Item(Kind.NO_BLOB, other=blob.other))
+                raise
 
     def _keep_to_limit(self) -> None:
         """Let others go if there is too much. Nobody waits for another thread that is at it: if that one lets go of

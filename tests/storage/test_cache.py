@@ -1496,6 +1496,21 @@ class TestFailingDisk:
         assert cache.verify() == []
         assert len([*cache]) == 2
 
+    def test_what_there_was_no_room_for_is_not_counted(
+        self, open_cache: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail(_: object) -> None:
+            raise CacheError("no")
+
+        cache, other = (open_cache(max_size=1000, free_space_reserve=0) for _ in range(2))
+        cache.put("a", payload("a", 900))
+        assert other.stats().disk_size == 900
+        with monkeypatch.context() as broken:
+            broken.setattr(EntryFiles, "times", fail)
+            cache.put("b", payload("b", 900))
+        assert len(caplog.records) == 1
+        assert [each.stats().disk_size for each in (cache, other)] == [900, 900]
+
     def test_too_many_open_files(self, open_cache: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         cache = open_cache(memory_size=10_000)
         cache.put("a", b"abc")
