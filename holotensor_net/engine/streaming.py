@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, NetworkError, Timeout
@@ -24,8 +25,9 @@ class StreamingLoader:
     """Iterates over the results of many requests in the order in which they complete, the most urgent asked for first.
 
     At most ``buffer`` fragments, and ``memory_budget`` bytes of them (one at least), are asked for and not yet taken:
-    a slow consumer slows the network, not the memory. ``path_prefix`` is put before every path. To be used by one
-    thread at a time; a context manager, which cancels on exit. Its Condition guards the results.
+    a slow consumer slows the network, not the memory. What is of unknown size counts as a piece, or as what such had on
+    average if that was more, until it has come. ``path_prefix`` is put before every path. To be used by one thread at a
+    time; a context manager, which cancels on exit. Its Condition guards the results.
     """
 
     def __init__(self, loader: NetworkLoader, path_prefix: str = "", buffer: int = 256) -> None:
@@ -41,6 +43,7 @@ class StreamingLoader:
         self._futures: set[Future[LoadResult]] = set()
         self._asked = 0
         self._asked_bytes = 0
+        self._guessed = self._guessed_bytes = 0  # fragments of unknown size that have come, and what they had
         self._cancelled = False
 
     def __enter__(self) -> StreamingLoader:
@@ -111,7 +114,8 @@ class StreamingLoader:
             fragment = self._waiting.peek()
             if fragment is None:
                 return
-            size = self._size_of(fragment.request)
+            known = _size_of(fragment.request)
+            size = self._guess() if known is None else known
             if self._asked and self._asked_bytes + size > self._budget:
                 return
             if not self._waiting.discard(fragment):
@@ -125,7 +129,7 @@ class StreamingLoader:
             if self._cancelled:  # meanwhile, by another thread
                 future.cancel()
             # Called at once, as the base class has it: others' callbacks may take long, and wait for a thread.
-            Future.add_done_callback(future, lambda future, size=size: self._take_in(future, size))  # type: ignore[misc]
+            Future.add_done_callback(future, partial(self._take_in, size=size, is_known=known is not None))
 
     def _future_of(self, request: LoadRequest) -> Future[LoadResult]:
         """A future of our own: a shared one could be cancelled by others, and we would wait for ever."""
@@ -136,17 +140,28 @@ class StreamingLoader:
             future.set_result(LoadFailure(request.fragment_id, error))
             return future
 
-    def _take_in(self, future: Future[LoadResult], size: int) -> None:
+    def _take_in(self, future: Future[LoadResult], *, size: int, is_known: bool) -> None:
         if future.cancelled():
             return
+        result = future.result()
         with self._arrived:
             self._futures.discard(future)
-            if not self._cancelled:
-                self._ready.append((future.result(), size))
-                self._arrived.notify_all()
+            if self._cancelled:
+                return
+            if result.is_success and not is_known:
+                self._guessed += 1
+                self._guessed_bytes += len(result.data)
+                more = max(0, len(result.data) - size)
+                self._asked_bytes += more
+                size += more
+            self._ready.append((result, size))
+            self._arrived.notify_all()
 
-    def _size_of(self, request: LoadRequest) -> int:
-        """Bytes that the fragment will take, as far as can be told."""
-        if request.byte_range is not None:
-            return request.byte_range.length
-        return request.expected_size or self._loader.config.chunk_size
+    def _guess(self) -> int:
+        """Bytes that a fragment of unknown size will take, as far as can be told."""
+        return max(self._loader.config.chunk_size, self._guessed_bytes // max(1, self._guessed))
+
+
+def _size_of(request: LoadRequest) -> int | None:
+    """Bytes that a fragment will take; None if that is not known."""
+    return request.byte_range.length if request.byte_range is not None else request.expected_size or None

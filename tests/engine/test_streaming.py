@@ -64,8 +64,8 @@ class Desk:
         self.asked[request.fragment_id] = future
         return future
 
-    def answer(self, name: str) -> None:
-        self.asked.pop(name).set_result(LoadSuccess(name, memoryview(name.encode())))
+    def answer(self, name: str, data: bytes = b"") -> None:
+        self.asked.pop(name).set_result(LoadSuccess(name, memoryview(data or name.encode())))
 
     def _watch(self, stream: StreamingLoader) -> None:
         self.watched.append(stream)
@@ -179,6 +179,31 @@ def test_what_arrives_and_is_not_taken_counts() -> None:
     assert len(desk.requests) == 2
     next(stream)
     assert len(desk.requests) == 3
+
+
+def test_what_turns_out_to_be_long_counts_as_that() -> None:
+    desk = Desk(memory_budget=4 * CHUNK)
+    stream = desk.stream().start("abcdef")
+    assert len(desk.requests) == 4  # of unknown size: a piece each
+    for name, size in (("b", 1), ("c", 1), ("a", 3 * CHUNK)):
+        desk.answer(name, bytes(size))
+    for name in "bc":
+        assert next(stream).fragment_id == name
+        assert len(desk.requests) == 4
+    assert next(stream).fragment_id == "a"
+    assert len(desk.requests) == 6
+
+
+def test_what_is_of_unknown_size_may_be_as_long_as_others_were() -> None:
+    desk = Desk(memory_budget=4 * CHUNK)
+    stream = desk.stream().start("abcdef")
+    desk.answer("a", bytes(3 * CHUNK))
+    assert next(stream).fragment_id == "a"
+    assert len(desk.requests) == 4
+    desk.answer("b", bytes(CHUNK))
+    desk.answer("c", bytes(CHUNK))
+    assert next(stream).fragment_id == "b"
+    assert len(desk.requests) == 5  # one with 5/3 of a piece, on average
 
 
 def test_what_waits_can_be_moved() -> None:
