@@ -49,6 +49,7 @@ http {{
     {zone}
     server {{
         listen {host}:{port} backlog=511;
+        {secure}
         root "{root}";
         {refuse}
         location /hub/owner/model/resolve/main/ {{
@@ -63,11 +64,14 @@ http {{
 
 @dataclass
 class Served:
-    """Where the files are, and what was asked so far. ``server``: its name, for the table."""
+    """Where the files are, and what was asked so far. ``server``: its name, for the table. ``secure``: where they are
+    over TLS, for who trusts the certificates in ``trust``."""
 
     url: str
     server: str
     log: Path | None = None
+    secure: str | None = None
+    trust: Path | None = None
 
     def asked(self) -> Counter[int]:
         """Requests by the status that they were answered with, since the last time."""
@@ -125,9 +129,13 @@ def served(
 
 @contextlib.contextmanager
 def _nginx(root: Path, work: Path, cap: int, most: int | None, namespace: str, host: str) -> Iterator[Served]:
-    host, port = host or "127.0.0.1", _free_port()
+    host, port, secure_port = host or "127.0.0.1", _free_port(), _free_port()
+    trust = _certificate(work, host)
     settings = CONFIGURATION.format(
         work=work,
+        secure=f"listen {host}:{secure_port} ssl; ssl_certificate {trust}; ssl_certificate_key {trust};"
+        if trust
+        else "",
         root=root,
         user="user root;" if os.geteuid() == 0 else "",
         host=host,
@@ -142,10 +150,24 @@ def _nginx(root: Path, work: Path, cap: int, most: int | None, namespace: str, h
     process = subprocess.Popen([*enter, "nginx", "-p", str(work), "-c", str(work / "nginx.conf")])
     try:
         _await(f"http://{host}:{port}/-/ready", process)
-        yield Served(f"http://{host}:{port}", "nginx", work / "access.log")
+        secure = f"https://{host}:{secure_port}" if trust else None
+        yield Served(f"http://{host}:{port}", "nginx", work / "access.log", secure, trust)
     finally:
         process.terminate()
         process.wait()
+
+
+def _certificate(work: Path, host: str) -> Path | None:
+    """One that the host has for a day, with its key; None without openssl."""
+    if shutil.which("openssl") is None:
+        return None
+    made = work / "certificate.pem"
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1"]
+    name = ["-subj", f"/CN={host}", "-addext", f"subjectAltName=IP:{host}"]
+    command = ["openssl", "req", "-x509", *kind, *name, "-keyout", str(made), "-out", str(work / "public.pem")]
+    subprocess.run(command, check=True, capture_output=True)
+    made.write_text(made.read_text() + (work / "public.pem").read_text())
+    return made
 
 
 def _await(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -2,7 +2,8 @@
 
 Every side can do some of these jobs:
 
-* ``whole``: an object (``path`` below ``url``, ``size`` bytes) into memory, or into the file ``to``;
+* ``whole``: an object (``path`` below ``url``, ``size`` bytes) into memory, or into the file ``to``; over TLS, if the
+  certificates to ``trust`` are named;
 * ``ranges``: many ranges of an object into memory;
 * ``urgent``: a mebibyte of an object, ``times`` times, while ``bulk`` bytes of it are fetched as well.
 """
@@ -17,6 +18,7 @@ import json
 import os
 import resource
 import shutil
+import ssl
 import subprocess
 import sys
 import threading
@@ -57,9 +59,10 @@ class Ours:
 
         self.net = holotensor_net
 
-    def loader(self, url: str, to: str | None = None, **more: Any) -> Any:
+    def loader(self, url: str, to: str | None = None, trust: str | None = None, **more: Any) -> Any:
+        most = more.pop("max_connections", 128)
         config = self.net.NetworkConfig(
-            endpoints=(self.net.CdnEndpoint(url, max_connections=more.pop("max_connections", 128)),),
+            endpoints=(self.net.CdnEndpoint(url, max_connections=most, verify=trust or True),),
             cache_dir=False if to is None else to,
             max_concurrent=more.pop("max_concurrent", 128),
             memory_budget=8 << 30,
@@ -185,8 +188,8 @@ class Requests:
         self.session = needed("requests").Session()
         self.session.trust_env = False
 
-    def whole(self, url: str, path: str, size: int, to: str | None = None) -> Any:
-        with self.session.get(f"{url}/{path}", stream=to is not None) as answer:
+    def whole(self, url: str, path: str, size: int, to: str | None = None, trust: str | None = None) -> Any:
+        with self.session.get(f"{url}/{path}", stream=to is not None, verify=trust or True) as answer:
             if to is None:
                 return answer.content
             with open(to, "wb") as file:
@@ -200,11 +203,12 @@ class Obstore:
         self.obstore = needed("obstore")
         self.http = needed("obstore.store").HTTPStore
 
-    def store(self, url: str) -> Any:
-        return self.http.from_url(url, client_options={"allow_http": True, "timeout": "600s"})
+    def store(self, url: str, trust: str | None = None) -> Any:
+        trusts = {"allow_http": True} if trust is None else {"allow_invalid_certificates": True}  # it takes no others
+        return self.http.from_url(url, client_options={**trusts, "timeout": "600s"})
 
-    def whole(self, url: str, path: str, size: int, to: str | None = None) -> Any:
-        answer = self.obstore.get(self.store(url), path)
+    def whole(self, url: str, path: str, size: int, to: str | None = None, trust: str | None = None) -> Any:
+        answer = self.obstore.get(self.store(url, trust), path)
         if to is None:
             return memoryview(answer.bytes())
         with open(to, "wb") as file:
@@ -255,8 +259,10 @@ class Fsspec:
         needed("aiohttp")
         self.fs = needed("fsspec").filesystem("http", skip_instance_cache=True)
 
-    def whole(self, url: str, path: str, size: int, to: str | None = None) -> Any:
+    def whole(self, url: str, path: str, size: int, to: str | None = None, trust: str | None = None) -> Any:
         address = f"{url}/{path}"
+        if trust is not None:
+            self.fs.kwargs["ssl"] = ssl.create_default_context(cafile=trust)
         if to is not None:
             self.fs.get_file(address, to)
             return None
@@ -312,8 +318,10 @@ class Curl:
     def __init__(self) -> None:
         self.path = command("curl")
 
-    def whole(self, url: str, path: str, size: int, to: str | None = None) -> None:
-        subprocess.run([self.path, "-sf", "--noproxy", "*", "-o", to or os.devnull, f"{url}/{path}"], check=True)
+    def whole(self, url: str, path: str, size: int, to: str | None = None, trust: str | None = None) -> None:
+        trusts = [] if trust is None else ["--cacert", trust]
+        plain = [self.path, "-sf", "--noproxy", "*", *trusts, "-o", to or os.devnull]
+        subprocess.run([*plain, f"{url}/{path}"], check=True)
 
 
 SIDES: dict[str, Callable[..., Any]] = {
