@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -63,14 +63,23 @@ def _share(owner: object, *names: str) -> None:
             _refuse(owner, name, "a number from 0 to 1")
 
 
-def _flags(owner: object, *names: str) -> None:
+def _flags(owner: object, *names: str, none: bool = False) -> None:
     for name in names:
-        if not isinstance(getattr(owner, name), bool):
-            _refuse(owner, name, "True or False")
+        value = getattr(owner, name)
+        if not (isinstance(value, bool) or (none and value is None)):
+            _refuse(owner, name, "True, False or None" if none else "True or False")
 
 
-def _refuse(owner: object, name: str, wanted: str) -> None:
-    raise ConfigurationError(f"{type(owner).__name__}.{name} must be {wanted}, not {getattr(owner, name)!r}")
+def _refuse(owner: object, name: str, wanted: str, *, told: bool = True) -> None:
+    value = getattr(owner, name)
+    shown = repr(value) if told else f"a {type(value).__name__}"  # and nothing that is secret
+    raise ConfigurationError(f"{type(owner).__name__}.{name} must be {wanted}, not {shown}")
+
+
+def _is_auth(value: object) -> bool:
+    if isinstance(value, tuple):
+        return len(value) == 2 and all(isinstance(part, str) for part in value)
+    return value is None or isinstance(value, str) or callable(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +100,7 @@ class RetryConfig:
 
     def __post_init__(self) -> None:
         _whole(self, "max_retries", least=0)
+        _flags(self, "jitter")
         _positive(self, "initial_backoff", "max_backoff")
         _positive(self, "deadline", none=True)
         if not isinstance(self.multiplier, int | float) or not 1 <= self.multiplier < float("inf"):
@@ -138,6 +148,15 @@ class CdnEndpoint:
         object.__setattr__(self, "url", urlunsplit(parts))
         object.__setattr__(self, "headers", dict(self.headers))
         _whole(self, "max_connections")
+        _flags(self, "supports_range")
+        if not isinstance(self.region, str | None):
+            _refuse(self, "region", "a name or None")
+        if not isinstance(self.verify, bool | str | os.PathLike):
+            _refuse(self, "verify", "True, False or the path of a bundle")
+        if not isinstance(self.proxies, Mapping | None):
+            _refuse(self, "proxies", "a mapping or None", told=False)
+        if not _is_auth(self.auth):
+            _refuse(self, "auth", "a token, a tuple (user, password), a function or None", told=False)
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):
             _refuse(self, "priority", "a whole number")
         if self.cache_scope is not None and not (isinstance(self.cache_scope, str) and self.cache_scope):
@@ -210,6 +229,7 @@ class ClientConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "timeout", "connect_timeout")
+        _flags(self, "compression")
         _whole(self, "max_body")
         _whole(self, "max_redirects", least=0)
 
@@ -231,6 +251,7 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         _whole(self, "max_concurrent", "chunk_size", "memory_budget", "queue_limit")
+        _flags(self, "monitor_bandwidth")
         _positive(self, "min_bandwidth")
         _positive(self, "max_bandwidth", "max_requests_per_second", none=True)
 
@@ -257,6 +278,7 @@ class CacheConfig:
         _whole(self, "memory_size", least=0)
         _whole(self, "free_space_reserve", least=0, none=True)
         _flags(self, "verify_on_open")
+        _flags(self, "offline", none=True)
 
     @property
     def root(self) -> Path | None:
@@ -318,21 +340,22 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         given: Any = (self.endpoints,) if isinstance(self.endpoints, str | CdnEndpoint) else self.endpoints
+        if not isinstance(given, Iterable):
+            _refuse(self, "endpoints", "CdnEndpoints")
         endpoints = tuple(e if isinstance(e, CdnEndpoint) else CdnEndpoint(e) for e in given)
         object.__setattr__(self, "endpoints", endpoints)
         if not isinstance(self.retry, RetryConfig):
             _refuse(self, "retry", "a RetryConfig")
         if self.cache_dir not in (None, False) and not isinstance(self.cache_dir, str | os.PathLike):
             _refuse(self, "cache_dir", "a folder, None or False")
-        if self.hedging not in (None, False, True):
-            _refuse(self, "hedging", "True, False or None")
         if not isinstance(self.region, str | None):
             _refuse(self, "region", "a name or None")
         if not isinstance(self.user_agent, str) or not re.fullmatch(r"[\x20-\x7e]+", self.user_agent):
             _refuse(self, "user_agent", "printable ASCII")
         _whole(self, "max_concurrent", "chunk_size", "max_cache_size", "memory_budget")
         _whole(self, "free_space_reserve", least=0, none=True)
-        _flags(self, "verify_on_open")
+        _flags(self, "compression", "monitor_bandwidth", "verify_on_open")
+        _flags(self, "offline", "hedging", none=True)
         _share(self, "heuristic_freshness")
         _positive(self, "timeout", "connect_timeout", "min_bandwidth")
         _positive(self, "max_bandwidth", "max_requests_per_second", none=True)

@@ -96,30 +96,45 @@ SECONDS = ["5", -1, 0, float("inf"), float("nan"), None, True]
 SHARES = ["0.1", -0.1, 1.1, float("nan"), True, None]
 SECONDS_OR_NONE = SECONDS[:5]
 
+FLAGS = ["no", "False", 1, 0, None]
+FLAGS_OR_NONE = FLAGS[:4]
+
 REFUSED: list[tuple[type, str, list[Any]]] = [
     (CdnEndpoint, "max_connections", COUNTS),
     (CdnEndpoint, "priority", ["1", 1.5, None, True]),
+    (CdnEndpoint, "supports_range", FLAGS),
+    (CdnEndpoint, "region", [5, b"eu"]),
+    (CdnEndpoint, "verify", [None, 1, b"/etc/bundle"]),
     (RetryConfig, "max_retries", ["1", 1.5, -1, None]),
     (RetryConfig, "initial_backoff", SECONDS),
     (RetryConfig, "max_backoff", SECONDS),
     (RetryConfig, "deadline", SECONDS_OR_NONE),
+    (RetryConfig, "jitter", FLAGS),
     (RetryConfig, "multiplier", ["2", 0.9, float("inf"), float("nan"), None]),
     (ClientConfig, "timeout", SECONDS),
     (ClientConfig, "connect_timeout", SECONDS),
+    (ClientConfig, "compression", FLAGS),
     (ClientConfig, "max_body", COUNTS),
     (ClientConfig, "max_redirects", ["5", -1, None]),
     (SchedulerConfig, "max_concurrent", COUNTS),
     (SchedulerConfig, "chunk_size", COUNTS),
     (SchedulerConfig, "memory_budget", COUNTS),
     (SchedulerConfig, "queue_limit", COUNTS),
+    (SchedulerConfig, "monitor_bandwidth", FLAGS),
     (SchedulerConfig, "min_bandwidth", SECONDS),
     (SchedulerConfig, "max_bandwidth", SECONDS_OR_NONE),
     (SchedulerConfig, "max_requests_per_second", SECONDS_OR_NONE),
     (CacheConfig, "max_size", COUNTS),
     (CacheConfig, "memory_size", ["5", -1, None]),
     (CacheConfig, "free_space_reserve", ["5", -1, 0.05, True]),
-    (CacheConfig, "verify_on_open", ["yes", 1, None]),
+    (CacheConfig, "verify_on_open", FLAGS),
+    (CacheConfig, "offline", FLAGS_OR_NONE),
     (CacheConfig, "heuristic_freshness", SHARES),
+    (NetworkConfig, "endpoints", [None, 5]),
+    (NetworkConfig, "compression", FLAGS),
+    (NetworkConfig, "monitor_bandwidth", FLAGS),
+    (NetworkConfig, "offline", FLAGS_OR_NONE),
+    (NetworkConfig, "hedging", FLAGS_OR_NONE),
     (NetworkConfig, "timeout", SECONDS),
     (NetworkConfig, "connect_timeout", SECONDS),
     (NetworkConfig, "max_concurrent", COUNTS),
@@ -128,7 +143,7 @@ REFUSED: list[tuple[type, str, list[Any]]] = [
     (NetworkConfig, "cache_dir", [True, 5, b"cache"]),
     (NetworkConfig, "max_cache_size", COUNTS),
     (NetworkConfig, "free_space_reserve", ["5", -1, 0.05, True]),
-    (NetworkConfig, "verify_on_open", ["yes", 1, None]),
+    (NetworkConfig, "verify_on_open", FLAGS),
     (NetworkConfig, "heuristic_freshness", SHARES),
     (NetworkConfig, "min_bandwidth", SECONDS),
     (NetworkConfig, "max_bandwidth", SECONDS_OR_NONE),
@@ -146,6 +161,19 @@ def test_a_setting_that_cannot_work_names_field_and_value(kind: type, name: str,
         CONFIGURATIONS[kind](**{name: value})
     assert f"{kind.__name__}.{name}" in str(caught.value)
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("auth", ["user", "sesame"]),  # a list would go out as a token
+        *[("auth", value) for value in (("sesame",), ("user", "sesame", "x"), ("sesame", None), b"sesame", 5)],
+        *[("proxies", value) for value in ("http://user:sesame@proxy", ["sesame"])],
+    ],
+)
+def test_a_credential_that_cannot_work_is_refused_and_not_shown(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=rf"CdnEndpoint\.{name} must be .*, not a {type(value).__name__}$"):
+        CdnEndpoint(URL, **{name: value})
 
 
 @pytest.mark.parametrize(
