@@ -287,7 +287,7 @@ class CacheConfig:
         if self.directory is False:
             return None
         if self.directory is not None:
-            return Path(self.directory)
+            return Path(self.directory).expanduser()
         return default_cache_dir()
 
     @property

@@ -549,7 +549,8 @@ def test_verbosity_is_a_level_or_the_default(monkeypatch: pytest.MonkeyPatch, va
         ({"HOLOTENSOR_HOME": "~/ours"}, None, "home/ours/cache"),
         ({"HOLOTENSOR_HOME": "{tmp}/ours", "HOLOTENSOR_CACHE": "{tmp}/here"}, None, "here"),
         ({"HOLOTENSOR_CACHE": "~/here"}, None, "home/here"),
-        ({"HOLOTENSOR_CACHE": "{tmp}/here"}, "explicit", "explicit"),
+        ({"HOLOTENSOR_CACHE": "{tmp}/here"}, "{tmp}/explicit", "explicit"),
+        ({}, "~/explicit", "home/explicit"),
     ],
 )
 @pytest.mark.skipif(os.name != "posix", reason="the platform's folder is named as on Linux")
@@ -559,7 +560,7 @@ def test_where_the_cache_is(
     monkeypatch.delenv("HOLOTENSOR_CACHE")
     _set(monkeypatch, {"HOME": str(tmp_path / "home")})
     _set(monkeypatch, {name: value.format(tmp=tmp_path) for name, value in environment.items()})
-    config = CacheConfig(directory=None if setting is None else tmp_path / setting)
+    config = CacheConfig(directory=None if setting is None else setting.format(tmp=tmp_path))
     assert config.root == tmp_path / root
 
 
