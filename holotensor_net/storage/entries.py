@@ -42,6 +42,7 @@ _USES = re.compile(rb'\{"uses": "([0-9]{10})", "check": "([0-9a-f]{16})", ')
 _NAMED = re.compile(rb'"digest": "([0-9a-f]{64})"')  # no text that is quoted within the JSON looks so
 _USES_AT = len('{"uses": "')
 _MOST_USES = 10**10 - 1
+_MOST_SKEW = 3600.0  # seconds by which the clocks of machines that share a folder may differ
 _NOTING = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
@@ -159,8 +160,12 @@ class CacheEntry:
 
 
 def dispensability(now: float, last: float, uses: int) -> float:
-    """Seconds without use over the number of uses, of which one counts as made."""
-    return (max(0.0, now - last) + 1.0) / (1.0 + uses)
+    """Seconds without use over the number of uses, of which one counts as made.
+
+    A use that is to come has just been, by the clock of another machine; if it is far ahead, the clock was wrong then:
+    as long as that is ahead it has not been used, lest it stay until then."""
+    idle = now - last if last - now < _MOST_SKEW else last - now
+    return (max(0.0, idle) + 1.0) / (1.0 + uses)
 
 
 def _made(fields: dict[str, Any]) -> CacheEntry:

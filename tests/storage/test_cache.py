@@ -886,6 +886,17 @@ class TestQuota:
         assert stats.disk_size == sum(entry.size for entry in cache)
         assert stats.evictions == 11 - stats.entries > 0
 
+    def test_what_was_used_before_a_wrong_clock_was_set_right_is_old(self, open_cache: Open, clock: Clock) -> None:
+        cache = open_cache(max_size=1000, free_space_reserve=0)
+        clock.now += 400 * 86400
+        for number in range(9):
+            cache.put(f"ahead {number}", payload(f"ahead {number}", 100))
+        clock.now -= 400 * 86400
+        for number in range(9):
+            clock.now += 60
+            cache.put(f"now {number}", payload(f"now {number}", 100))
+        assert {entry.fragment_id for entry in cache} >= {f"now {number}" for number in range(9)}
+
     def test_memory_lets_go_of_what_the_disk_evicts(self, open_cache: Open, clock: Clock) -> None:
         cache = open_cache(max_size=1000, memory_size=10_000)
         views = []
