@@ -137,7 +137,7 @@ class DiskTier:
 
     def note(self, name: str, count: int, last: float) -> None:
         """Add uses to the entry."""
-        self.entries.note(name, count, last)
+        self.entries.note(name, count, last, self._clock())
 
     def remove(self, name: str) -> None:
         entry = self.entries.read(name)

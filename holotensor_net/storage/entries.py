@@ -317,15 +317,18 @@ class EntryFiles:
         with contextlib.suppress(OSError):
             os.utime(self.path_of(name), (when, when), follow_symlinks=False)
 
-    def note(self, name: str, count: int, last: float) -> None:
-        """Count ``count`` more uses, the last of them at ``last``, where that may be written."""
+    def note(self, name: str, count: int, last: float, now: float) -> None:
+        """Count ``count`` more uses, the last of them at ``last``, where that may be written. A later one that others
+        have noted stays, unless it is yet to come."""
         with contextlib.suppress(OSError):
             fd = os.open(self.path_of(name), _NOTING)
             try:
-                head = _USES.match(os.pread(fd, 64, 0))
+                head, noted = _USES.match(os.pread(fd, 64, 0)), os.fstat(fd).st_mtime
                 if head is not None:
                     os.pwrite(fd, _uses(int(head[1]) + count), _USES_AT)
-                    os.utime(fd, (last, last))
+                    if not last <= noted <= now:
+                        noted = last
+                    os.utime(fd, (noted, noted))  # writing has changed it
             finally:
                 os.close(fd)
 

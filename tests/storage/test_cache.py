@@ -579,6 +579,20 @@ class TestDiskTier:
         cache.sync()
         assert path.stat().st_mtime == clock.now
 
+    def test_who_writes_its_uses_late_does_not_hide_later_ones(self, open_cache: Open, clock: Clock) -> None:
+        cache = open_cache()
+        cache.put("a", b"abc")
+        cache.get("a")
+        clock.now += 1000
+        latest = clock.now
+        with open_cache() as other:
+            other.get("a")
+        clock.now += 1000
+        cache.sync()
+        entry = open_cache().get_entry("a")
+        assert entry is not None
+        assert (entry.access_count, entry.last_accessed) == (2, pytest.approx(latest, rel=0, abs=0.001))
+
     def test_a_clock_that_was_set_back_is_shown_at_once(self, open_cache: Open, tmp_path: Path, clock: Clock) -> None:
         cache = open_cache(memory_size=0)
         cache.put("a", b"abc")
