@@ -17,8 +17,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,12 +73,18 @@ class FragmentCache:
 
     A key is any string; its hash names the file. Nothing that is stored can be changed through what was put in or
     handed out, and a view stays valid whatever is evicted. Reading never needs to write, so that a read-only folder
-    serves. Thread-safe, and safe beside other processes. ``clock`` gives seconds since the epoch.
+    serves. Thread-safe, and safe beside other processes; in a child of a fork it goes on with an empty memory and new
+    counters. ``clock`` gives seconds since the epoch.
     """
 
     def __init__(self, config: CacheConfig | None = None, *, clock: Callable[[], float] = time.time) -> None:
         self.config = config or CacheConfig()
         self._clock = clock
+        self._open()
+        _watch_over(self)
+
+    def _open(self) -> None:
+        """Everything that has locks."""
         self._usage = Usage()
         self._tolerant = _Tolerance()
         root = self.config.root
@@ -85,7 +93,7 @@ class FragmentCache:
         self._name = _itself if root is None else name_of  # nothing but files needs names that are short and harmless
         self.claims = None if root is None else Claims(root / "claims")
         self._forget = functools.partial(_forget, self._memory, self._usage)  # no method: no cycle
-        self._disk = None if root is None else DiskTier(root, self.config, self._usage, clock, self._forget)
+        self._disk = None if root is None else DiskTier(root, self.config, self._usage, self._clock, self._forget)
 
     def __enter__(self) -> FragmentCache:
         return self
@@ -360,6 +368,25 @@ class FragmentCache:
             held.view = _lasting(view, data, entry)
         self._memory.put(name, held)
         return held.view[:]
+
+
+_hooked = False
+_alive: weakref.WeakSet[FragmentCache] = weakref.WeakSet()
+
+
+def _watch_over(cache: FragmentCache) -> None:
+    """Have the tiers made anew in a child process, where the threads that held their locks are gone."""
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_open_all)
+    _alive.add(cache)
+
+
+def _open_all() -> None:
+    for cache in list(_alive):
+        cache._open()
 
 
 class _Tolerance:

@@ -12,6 +12,7 @@ import pickle
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -1693,3 +1694,36 @@ def test_fragments_without_bytes_are_counted_like_others() -> None:
             assert bytes(cache.take(name, memoryview(b"xyz"), CacheEntry(name, 3))) == b"xyz"
             assert cache.remove(name)
         assert (cache.stats().entries, cache.stats().memory_size) == (0, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no children here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("has_disk", [True, False])
+def test_child_of_a_fork_goes_on_whatever_its_parent_was_at(open_cache: Open, tmp_path: Path, has_disk: bool) -> None:
+    cache = open_cache(directory=tmp_path if has_disk else False, memory_size=1000)
+    cache.put("a", b"abc")
+    locks = [cache._memory._lock, cache._usage._lock]
+    if has_disk:
+        assert cache._disk is not None
+        assert cache.claims is not None
+        locks += [cache._disk._sweeping, cache._disk._ledger._lock, cache._disk._news._lock, cache.claims._lock]
+    with contextlib.ExitStack() as held:  # as by other threads
+        for lock in locks:
+            held.enter_context(lock)
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(60)
+                assert cache.get("a") == (b"abc" if has_disk else None)
+                cache.put("b", b"b")
+                assert cache.get("b") == b"b"
+                cache.prune(0)
+                cache.close()
+                status = 0
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert cache.get("a") == b"abc"
