@@ -80,14 +80,16 @@ class FragmentCache:
     def __init__(self, config: CacheConfig | None = None, *, clock: Callable[[], float] = time.time) -> None:
         self.config = config or CacheConfig()
         self._clock = clock
+        root = self.config.root
+        self._root = None if root is None else root.absolute()  # wherever the process goes from here
         self._open()
         _watch_over(self)
 
     def _open(self) -> None:
         """Everything that has locks."""
+        root = self._root
         self._usage = Usage()
         self._tolerant = _Tolerance()
-        root = self.config.root
         # Where there is a disk, uses are written to it, though memory has let go of the bytes.
         self._memory = _MemoryTier(self.config.memory_size, self._usage.forget if root is None else _unheard)
         self._name = _itself if root is None else name_of  # nothing but files needs names that are short and harmless

@@ -542,6 +542,21 @@ class TestDiskTier:
         assert again.get("a") == data
         assert again.stats().disk_size == LARGE
 
+    def test_stays_where_it_was_opened(self, open_cache: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("here", "there"):
+            (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        with open_cache(directory="cache") as cache:
+            cache.put("before", b"abc")
+            part = cache.create(1000)
+            assert part is not None
+            monkeypatch.chdir(tmp_path / "there")
+            part.discard()
+            cache.put("after", b"def")
+            assert cache.get("before") == b"abc"
+            assert cache.stats().disk_size == 6
+        assert of("there", tmp_path) == of("here/cache/partial", tmp_path) == []
+
     def test_layout_is_hashes_only(self, open_cache: Open, tmp_path: Path) -> None:
         open_cache().put("secret/../key", b"abc", CacheEntry("id", 3))
         digest, name = blake3(b"abc").hexdigest(), hashlib.sha256(b"secret/../key").hexdigest()

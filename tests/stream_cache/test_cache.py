@@ -939,6 +939,16 @@ def run_script(script: str, *arguments: object) -> str:
     return done.stdout
 
 
+def test_stays_where_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = StreamCache(1, disk="results")
+    for number in range(2):  # one more than memory holds
+        cache.put_chunk(CacheKey.of(number), number)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cache.get_chunk(CacheKey.of(0)) == 0
+
+
 def test_child_of_a_fork_goes_on_whatever_its_parent_was_at(tmp_path: Path) -> None:
     """The parent forks while one thread holds every lock, and another is computing what the child then asks for."""
     printed = run_script(
