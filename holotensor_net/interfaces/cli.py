@@ -16,16 +16,16 @@ import json
 import logging
 import operator
 import os
+import secrets
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from .. import errors
@@ -338,18 +338,8 @@ def _write(target: Path, data: memoryview) -> None:
     """Put the bytes into a file: all of them, or it does not appear. Raises CacheError, InsufficientDisk."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                umask = os.umask(0)
-                os.umask(umask)
-                os.chmod(file.name, 0o666 & ~umask)
-                os.replace(file.name, target)
-            except BaseException:
-                with suppress(FileNotFoundError):  # it was in its place already as the interrupt came
-                    os.unlink(file.name)
-                raise
+        with _becoming(target) as file:
+            file.write(data)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise errors.InsufficientDisk(
@@ -359,6 +349,36 @@ def _write(target: Path, data: memoryview) -> None:
             f"cannot write {str(target)!r} ({error.strerror}): make sure that it may be written, or name another folder"
             " (--to)"
         ) from error
+
+
+@contextmanager
+def _becoming(target: Path) -> Iterator[BinaryIO]:
+    """A file that takes its place once it is whole: where the system has files without a name, nothing is left even of
+    one whose process is killed. Raises OSError."""
+    name = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    fd = _nameless(target.parent)
+    try:
+        with open(name, "xb") if fd is None else open(fd, "wb") as file:
+            yield file
+            file.flush()
+            if fd is not None:
+                # Where no src_dir_fd is given, os.link follows no link, whatever follow_symlinks says.
+                os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd, follow_symlinks=True)
+        os.replace(name, target)
+    except BaseException:
+        with suppress(FileNotFoundError):  # it was in its place already as the interrupt came, or has had no name
+            os.unlink(name)
+        raise
+
+
+def _nameless(folder: Path) -> int | None:
+    """A new file without a name, None where there is none that could get one later."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    except OSError:
+        return None  # not every file system has it; what else is wrong shows where a file with a name is made
 
 
 def _serve(arguments: argparse.Namespace) -> None:

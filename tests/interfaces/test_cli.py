@@ -520,6 +520,45 @@ def test_files_that_may_not_grow_are_a_full_disk(big: tuple[str, dict[str, Array
     assert list((tmp_path / "out").iterdir()) == []
 
 
+KILLED = """
+import os, resource, signal, sys
+from pathlib import Path
+from holotensor_net.interfaces import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and would go on
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+cli._write(Path(sys.argv[1]), memoryview(bytes(2 << 20)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="every file has a name")
+def test_a_process_that_is_killed_leaves_no_litter_beside_its_target(tmp_path: Path) -> None:
+    try:
+        os.close(os.open(tmp_path, os.O_TMPFILE | os.O_WRONLY))
+    except OSError as error:
+        pytest.skip(f"every file of this file system has a name ({error.strerror})")
+    assert run(sys.executable, "-c", KILLED, tmp_path / "out" / "file").returncode == -signal.SIGXFSZ
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("has_nameless", [True, False])
+def test_a_file_comes_to_its_place_with_or_without_a_name_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_nameless: bool
+) -> None:
+    if not has_nameless:
+        monkeypatch.setattr(cli, "_nameless", lambda folder: None)
+    umask = os.umask(0)
+    os.umask(umask)
+    for content in (b"one", b"another"):
+        cli._write(tmp_path / "file", memoryview(content))
+        assert (tmp_path / "file").read_bytes() == content
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+        assert os.listdir(tmp_path) == ["file"]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(errors.CacheError, match="cannot write"):
+        cli._write(tmp_path / "folder", memoryview(b"in the way"))
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
 # --- serve
 
 
