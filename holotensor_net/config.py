@@ -118,7 +118,7 @@ class CdnEndpoint:
     in the URL are moved to ``auth``; credentials and headers never show in ``repr``.
 
     What is cached is given only to who asks with the same credentials. Whose token a function gives cannot be told, so
-    what came with it serves this very endpoint and ends with the process, unless ``cache_scope`` names whose eyes it
+    what came with it serves this very endpoint and no other process, unless ``cache_scope`` names whose eyes it
     sees with: endpoints of one name share what is cached, whatever their credentials. Bytes that a request knows by
     their digest are shared by all.
 
