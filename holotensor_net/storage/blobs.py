@@ -37,6 +37,7 @@ from .files import (
     is_gone,
     is_held,
     is_hopeless,
+    is_private,
     is_remote,
     opened,
     private_name,
@@ -332,7 +333,8 @@ class BlobStore:
     def sweep(self, older_than: float, *, resumable_for: float = 0.0) -> int:
         """Delete what processes that are gone have left, and what was set aside ``older_than`` seconds ago.
 
-        Files that can be resumed stay for ``resumable_for`` seconds. Where it cannot be told who is gone, age tells,
+        Files that can be resumed stay for ``resumable_for`` seconds, and whatever is named as no file of the cache is,
+        for good: it may have been in the folder before. Where it cannot be told who is gone, age tells,
         and a lock where locks work. Gives the number of files deleted.
         """
         swept = 0
@@ -340,6 +342,8 @@ class BlobStore:
             items = [*scan(self.root / "partial"), *scan(self.root / "quarantine")]
         for item in items:
             path = Path(item.path)
+            if not (is_private(item.name) or _is_aside(path)):
+                continue
             age = resumable_for if _can_be_resumed(path) else -math.inf
             with contextlib.suppress(OSError):
                 if self._is_left(path, older_than) and self._age(path) > age:

@@ -35,6 +35,7 @@ __all__ = [
     "is_held",
     "is_hopeless",
     "is_in_memory",
+    "is_private",
     "is_remote",
     "opened",
     "private_name",
@@ -232,6 +233,11 @@ def private_name(subject: str = "", *, owned: bool = True) -> str:
 def disown(name: str) -> None:
     """The file is not in use any more."""
     _mine.discard(name)
+
+
+def is_private(name: str) -> bool:
+    """Whether :func:`private_name` has given this name, here or elsewhere."""
+    return _PRIVATE.fullmatch(name) is not None
 
 
 def subject_of(name: str) -> str:

@@ -23,7 +23,7 @@ from holotensor_net.errors import CacheError, InsufficientDisk
 from holotensor_net.storage import blobs, journal, memory, parts
 from holotensor_net.storage import files as owners
 from holotensor_net.storage.blobs import BlobStore
-from holotensor_net.storage.files import digest_of, flat, is_in_memory, opened, read_all
+from holotensor_net.storage.files import digest_of, flat, is_in_memory, opened, private_name, read_all
 from holotensor_net.storage.journal import Journal
 from holotensor_net.storage.parts import PartFile
 from holotensor_net.storage.prefix import Prefix
@@ -909,11 +909,19 @@ class TestSweep:
                 part.publish(digest_of(bytes(10)))
         assert files(tmp_path) == []
 
+    @pytest.mark.parametrize("folder", ["partial", "quarantine"])
+    @pytest.mark.parametrize("name", ["thesis.txt", ".DS_Store", "0" * 64, f"thesis.{'0' * 31}"])
+    def test_whatever_is_not_of_the_cache_stays(self, tmp_path: Path, folder: str, name: str) -> None:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(b"of somebody else")
+        assert BlobStore(tmp_path, clock=lambda: time.time() + 1e6).sweep(50) == 0
+        assert files(tmp_path) == [tmp_path / folder / name]
+
     def test_planted_link_is_deleted_and_not_followed(self, store: BlobStore, tmp_path: Path) -> None:
         target = tmp_path / "target"
         target.write_bytes(b"abc")
         (store.root / "partial").mkdir(parents=True)
-        (store.root / "partial" / "link").symlink_to(target)
+        (store.root / "partial" / private_name(owned=False)).symlink_to(target)
         assert BlobStore(store.root, clock=lambda: time.time() + 100).sweep(50) == 1
         assert target.read_bytes() == b"abc"
 

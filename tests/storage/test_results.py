@@ -305,7 +305,7 @@ def test_file_without_a_document_goes_before_any_result(store: ResultStore) -> N
 
 def test_remains_of_processes_that_died_are_swept(store: ResultStore, clock: Clock) -> None:
     store.put(KEY, 1)
-    litter = store.root / "partial" / "litter"
+    litter = store.root / "partial" / f".0123456789ab-1.{'0' * 32}"
     litter.write_bytes(b"x")
     clock.ahead += 3601
     ResultStore(store.root, LARGE, clock=clock).put(KEY, 2)
