@@ -111,7 +111,7 @@ class Fetcher:
             clock=clock,
         )
         self._rounds = Rounds(scheduler, self._courier, clock, timeout=config.timeout)
-        scheduler.dropped = lambda fragment: _dropped(known, fragment)
+        scheduler.dropped = lambda fragments: _dropped(known, fragments)
         scheduler.moves = lambda fragment_id, level: _moved(known, fragment_id, level)
 
     # -- what the loader asks for
@@ -769,11 +769,12 @@ def _join(here: threading.local) -> None:
     here.is_own = here.is_at_work = True
 
 
-def _dropped(known: weakref.ref[Fetcher], fragment: PrioritizedFragment) -> None:
-    """The scheduler has forgotten a fragment: tell whoever waits for it."""
+def _dropped(known: weakref.ref[Fetcher], fragments: Sequence[PrioritizedFragment]) -> None:
+    """The scheduler has forgotten fragments: tell whoever waits for them."""
     fetcher = known()
-    if fetcher is not None and isinstance(fragment, Load):
-        fetcher._resolve(fragment, Cancelled("the queue was cleared"))
+    if fetcher is not None:
+        loads = [fragment for fragment in fragments if isinstance(fragment, Load)]
+        fetcher._resolve_all([(load, Cancelled("the queue was cleared")) for load in loads])
 
 
 def _moved(known: weakref.ref[Fetcher], fragment_id: str, level: Priority) -> bool:

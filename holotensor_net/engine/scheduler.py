@@ -118,8 +118,8 @@ class Scheduler:
     """Hands out pieces, most urgent first, as many at a time as the path needs.
 
     Thread-safe. The first piece of a fragment goes alone until an answer has told which version the object has,
-    unless the request pins one or knows its digest: pieces of two versions never meet. ``dropped`` is told of each
-    fragment that ``clear`` forgets; ``moves`` moves those that go by names of which nothing is known here, and tells
+    unless the request pins one or knows its digest: pieces of two versions never meet. ``dropped`` is told of the
+    fragments that ``clear`` forgets; ``moves`` moves those that go by names of which nothing is known here, and tells
     whether there is one. Each endpoint of a NetworkConfig has a lane of its own, which a fragment is in by
     the number of its ``lane``. Its one lock, which three Conditions share, guards everything but the queues, which have
     one each.
@@ -137,7 +137,7 @@ class Scheduler:
         hosts = hosts or [(own.max_concurrent, None)]
         self.config = replace(own, max_concurrent=min(own.max_concurrent, sum([ceiling for ceiling, _ in hosts])))
         self._clock = clock
-        self.dropped: Callable[[PrioritizedFragment], object] = lambda fragment: None
+        self.dropped: Callable[[Sequence[PrioritizedFragment]], object] = lambda fragments: None
         self.moves: Callable[[str, Priority], bool] = lambda fragment_id, level: False
         self._lock = lock = Latch()  # not one of its Conditions: an interrupt may leave those locked
         self._changed = lock.condition()  # for whoever waits for a piece
@@ -644,8 +644,7 @@ class Scheduler:
 
     def clear(self) -> None:
         """Forget everything that is queued or was withdrawn; what is being fetched goes on."""
-        for fragment in self._forget_queued():
-            self.dropped(fragment)
+        self.dropped(self._forget_queued())
 
     def close(self) -> None:
         """Hand out nothing more; whoever waits for a piece gets None."""

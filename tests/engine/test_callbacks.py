@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pytest
@@ -169,6 +170,19 @@ def test_cancelling_a_name_tells_all_that_bear_it_before_it_calls_anybody_back(
         futures[0].add_done_callback(asker)
         assert it.cancel("one")
         assert isinstance(asker.of().error, Cancelled)
+
+
+def test_clearing_the_queue_tells_all_before_it_calls_anybody_back(loader: Callable[..., NetworkLoader]) -> None:
+    with Wire(always=[HOLD]) as wire:
+        it, askers = loader(wire, max_concurrent=1), [Asker(), Asker()]
+        it.enqueue(request(0, path="silent"))
+        wire.await_requests(1)
+        futures = [it.enqueue(request(0, path=f"{number}")) for number in range(2)]
+        for asker, own, other in zip(askers, futures, reversed(futures), strict=True):
+            asker.other = partial(other.result, 5)
+            own.add_done_callback(asker)
+        it.scheduler.clear()
+        assert all(isinstance(asker.of().error, Cancelled) for asker in askers)
 
 
 def test_a_callback_of_one_deadline_may_wait_for_the_next(loader: Callable[..., NetworkLoader]) -> None:

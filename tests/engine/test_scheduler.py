@@ -543,7 +543,7 @@ def test_what_is_done_with_makes_its_pieces_stale() -> None:
 def test_whoever_listens_is_told_what_was_forgotten() -> None:
     queue = scheduler()
     told: list[str] = []
-    queue.dropped = lambda fragment: told.append(fragment.fragment_id)
+    queue.dropped = lambda fragments: told.extend([fragment.fragment_id for fragment in fragments])
     queue.enqueue_many([part_of("begun", 0, CHUNK), part_of("half", 0, 2 * CHUNK, validator=PINNED)])
     pieces = [queue.next(), queue.next()]
     queue.enqueue(LoadRequest("queued", "queued"))
