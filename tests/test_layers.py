@@ -26,7 +26,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
         *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter"),
-        *("transport/heads", "transport/names", "transport/pools", "transport/lines"),
+        *("transport/heads", "transport/names", "transport/pools", "transport/lines", "transport/leads"),
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
         *("storage/claims", "storage/news", "storage/prefix", "storage/spans"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),

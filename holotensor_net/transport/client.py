@@ -43,6 +43,7 @@ from . import guards
 from .adapter import Adapter, Reply, Request, ask, is_straight, way_of
 from .digests import LINKED, NAMES, check_digests
 from .heads import PlainHead
+from .leads import Lead, Leads, is_lost
 from .lines import BRIEF, Call, Lines
 from .retry import EARNED, HOSTS, Allowance, Host, Patience, persist
 from .sockets import Interrupt, LiveSockets
@@ -134,6 +135,7 @@ class HttpClient:
         self._sessions: weakref.WeakSet[requests.Session] = weakref.WeakSet()  # a thread's ends with it
         self._was_straight, self._seen_at = False, -math.inf
         self._lines = Lines(self._sockets, self.endpoint.max_connections)
+        self._leads = Leads()
         self._host = HOSTS.of(_origin_of(self.endpoint.url))
         self._process = os.getpid()
 
@@ -553,8 +555,10 @@ class HttpClient:
                     raise
                 finally:
                     reply.close()
-        except (ConnectionFailed, Timeout):
-            self._check(patience)  # an interrupted wait ends in whatever error the moment makes: say what it was
+        except NetworkError as error:
+            self._leads.forget(url)  # it may be to blame
+            if isinstance(error, ConnectionFailed | Timeout):
+                self._check(patience)  # an interrupted wait ends in whatever error the moment makes: say what it was
             raise
         finally:
             self._sockets.wait_at_most(_for_ever)  # what bounded this request holds its caller
@@ -621,15 +625,31 @@ class HttpClient:
         gives, after a 401, or the signed address that a redirect leads to. A token that was refused is not sent again.
         """
         own = self._own_headers() if begun is None else begun.were
+        lead = self._leads.find(url, conditions) if begun is None else None
         with translated():
-            reply, linked = self._follow(method, url, own, conditions, patience, on_request, begun)
+            reply, linked = self._follow(method, url, own, conditions, patience, on_request, begun, lead)
+        is_led_anew = lead is not None and is_lost(reply.status)
+        if is_led_anew:
+            self._end(reply, patience)
+            with translated():
+                reply, linked = self._follow(method, url, own, conditions, patience, on_request)
         if reply.status not in _REFUSED:
             return reply, linked
         try:
-            is_redirected = reply.url != Request(method, url, own, conditions).url
+            is_redirected = not is_led_anew and reply.url != Request(method, url, own, conditions).url
             fresh = self._own_headers() if reply.status == 401 or is_redirected else own
-            if fresh == own and not is_redirected:
-                return reply, linked
+        except BaseException:
+            reply.close()
+            raise
+        if fresh == own and not is_redirected:
+            return reply, linked
+        self._end(reply, patience)
+        with translated():
+            return self._follow(method, url, fresh, conditions, patience, on_request)
+
+    def _end(self, reply: Reply, patience: Patience) -> None:
+        """Have done with an answer in whose place another is asked for."""
+        try:
             self._drain(reply, patience)
         except BaseException:
             reply.close()
@@ -637,7 +657,6 @@ class HttpClient:
         self._check(patience)
         with translated():
             reply.close()
-            return self._follow(method, url, fresh, conditions, patience, on_request)
 
     def _follow(
         self,
@@ -648,8 +667,10 @@ class HttpClient:
         patience: Patience,
         on_request: Callable[[], object],
         begun: Begun | None = None,
+        lead: Lead | None = None,
     ) -> tuple[Reply, str | None]:
-        """The first answer that is no redirect, and the tag that our own server linked to it on the way, if any.
+        """The first answer that is no redirect, and the tag that our own server linked to it on the way, if any. Where
+        there is a ``lead``, it begins there.
 
         Its head has both timeouts together to come, however it drips. Raises RateLimited where a redirect leads to a
         host that has asked for silence.
@@ -659,7 +680,11 @@ class HttpClient:
         headed_by = self._clock() + self.config.connect_timeout + timeout
         _check_sendable(conditions)
         request = Request(method, url, own, conditions)
-        home, linked = _origin_of(request.url), None
+        asked, first, home = url, request.url, _origin_of(request.url)
+        linked, is_abroad = None, False
+        if lead is not None:
+            url, is_abroad, linked = lead
+            request = Request(method, url, _travelling(own) if is_abroad else own, conditions)
         for _ in range(self.config.max_redirects + 1):
             url = request.url
             refusal = None if _origin_of(url) == home else HOSTS.of(_origin_of(url)).refusal(self._clock())
@@ -684,6 +709,10 @@ class HttpClient:
             location = reply.headers.get("location")
             if reply.status not in _REDIRECTS or location is None:
                 self._sockets.wait_at_most(lambda: patience.remaining(timeout))
+                if url == first:
+                    self._leads.forget(asked)
+                elif reply.status in (200, 206):
+                    self._leads.keep(asked, Lead(url, is_abroad, linked))
                 return reply, linked
             if _origin_of(url) == home:
                 linked = reply.headers.get(LINKED, linked)
@@ -692,9 +721,8 @@ class HttpClient:
                 self._drain(reply, patience)
             finally:
                 reply.close()
-            if _origin_of(target) != home:
-                own = {name: value for name, value in own.items() if name.lower() in _TRAVELS}
-            request = Request(method, target, own, conditions)
+            is_abroad = is_abroad or _origin_of(target) != home
+            request = Request(method, target, _travelling(own) if is_abroad else own, conditions)
             self._check(patience)
         raise HttpError(reply.status, f"more than {self.config.max_redirects} redirects")
 
@@ -777,6 +805,11 @@ def _conditions(state: Transfer, *, compressed: bool = False) -> dict[str, str]:
     conditions = state.conditions()
     conditions["Accept-Encoding"] = "gzip" if compressed else "identity"
     return conditions
+
+
+def _travelling(own: Mapping[str, str]) -> dict[str, str]:
+    """What of the headers of every request may go to another origin."""
+    return {name: value for name, value in own.items() if name.lower() in _TRAVELS}
 
 
 def _for_ever() -> float:

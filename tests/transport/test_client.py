@@ -64,6 +64,7 @@ from holotensor_net.errors import (
 )
 from holotensor_net.transport.client import Answer, Ask, HttpClient, Write, _hop
 from holotensor_net.transport.digests import Digest
+from holotensor_net.transport.leads import Lead, Leads
 from holotensor_net.transport.retry import Patience
 from holotensor_net.transport.sockets import LiveSockets
 from holotensor_net.values import HeadInfo, RangeRequest, Validator
@@ -1418,6 +1419,107 @@ def test_a_redirect_from_tls_to_plain_is_refused_on_the_wire(client: Open, trust
 def test_any_location_is_a_web_address_or_refused(location: str) -> None:
     with contextlib.suppress(InvalidUrl):
         assert re.match(r"https?://[^/]", _hop("http://example.com/a", location))
+
+
+# -- where redirects have led
+
+
+def signed_by(hub: list[str], store: Wire) -> Callable[[Request], bytes]:
+    """A hub that signs another address each time, and keeps count of them."""
+
+    def told(_: Request) -> bytes:
+        hub.append(f"/x?signature={SECRET}{len(hub)}")
+        return answer(status=302, location=store.url + hub[-1], x_linked_etag=f'"{"0" * 64}"')
+
+    return told
+
+
+def stored(request: Request) -> bytes:
+    """The part of DATA that is asked for."""
+    first, _, last = request.headers["range"].removeprefix("bytes=").partition("-")
+    return part(DATA, int(first), int(last) + 1, etag=TAG)
+
+
+@pytest.fixture
+def store() -> Iterator[Wire]:
+    with Wire(always=stored) as wire:
+        yield wire
+
+
+def pieces(asking: HttpClient, count: int, pinned: Validator | None = V1) -> list[Answer]:
+    return [asking.transfer(Ask("a", RangeRequest(n, n + 9), pinned=pinned), Sink()) for n in range(count)]
+
+
+def test_what_has_to_be_of_a_known_version_goes_where_its_first_piece_was_led(client: Open, store: Wire) -> None:
+    signed: list[str] = []
+    with Wire(always=signed_by(signed, store)) as hub:
+        asking = client(hub, auth=SECRET, headers={"X-Api-Key": SECRET})
+        answers = pieces(asking, 4)
+        assert len(hub.requests) == 1
+        assert store.targets == signed * 4
+        assert [one.requests for one in answers] == [2, 1, 1, 1]
+        assert all(one.unproved for one in answers)  # what the hub linked to it holds for each piece
+        for request in store.requests:
+            assert not {"authorization", "x-api-key"} & request.headers.keys()
+
+
+def test_who_knows_of_no_version_asks_the_hub_which_may_have_a_new_one(client: Open, store: Wire) -> None:
+    signed: list[str] = []
+    with Wire(always=signed_by(signed, store)) as hub:
+        asking = client(hub)
+        pieces(asking, 2)
+        pieces(asking, 2, pinned=None)
+        asking.transfer(Ask("a", RangeRequest(0, 9), held=V1), Sink())
+        assert len(hub.requests) == 4
+        assert store.targets == [signed[0], *signed]
+
+
+def test_a_hub_that_has_it_itself_by_now_is_asked_again(client: Open, store: Wire) -> None:
+    signed: list[str] = []
+    with Wire(signed_by(signed, store), always=stored) as hub:
+        asking = client(hub)
+        for pinned in (V1, V1, None, V1):
+            pieces(asking, 1, pinned)
+        assert [len(hub.requests), len(store.requests)] == [3, 2]
+
+
+def test_credentials_go_along_to_an_address_of_their_own_origin(client: Open) -> None:
+    home = [answer(status=302, location="/b"), *[part(DATA, n, n + 9, etag=TAG) for n in range(2)]]
+    with Wire(*home) as wire:
+        pieces(client(wire, auth=SECRET), 2)
+        assert wire.targets == ["/a", "/b", "/b"]
+        assert {request.headers["authorization"] for request in wire.requests} == {f"Bearer {SECRET}"}
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+def test_an_address_that_is_over_is_asked_for_anew_at_once(client: Open, status: int) -> None:
+    signed: list[str] = []
+    over = answer(b"Request has expired", status)
+    with Wire(stored, over, always=stored) as store, Wire(always=signed_by(signed, store)) as hub:
+        assert [one.requests for one in pieces(client(hub), 3)] == [2, 3, 1]
+        assert len(hub.requests) == 2
+        assert store.targets == [signed[0], signed[0], signed[1], signed[1]]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [[RESET], [answer(status=503)], [answer(status=500)], [part(DATA, 1, 10, etag=TAG)[:-4], RESET], [HOLD]],
+    ids=["cut", "503", "500", "cut in the body", "silence"],
+)
+def test_who_fails_is_not_gone_to_again(client: Open, failure: Any) -> None:
+    signed: list[str] = []
+    with Wire(stored, failure, always=stored) as store, Wire(always=signed_by(signed, store)) as hub:
+        pieces(client(hub, retry=QUICK, timeout=0.3), 2)
+        assert store.targets == [signed[0], signed[0], signed[1]]
+
+
+def test_only_so_many_leads_are_kept() -> None:
+    leads = Leads()
+    for number in range(1000):
+        leads.keep(f"{number}", Lead("x", True, None))
+    assert leads.find("999", {"If-Match": TAG}) == Lead("x", True, None)
+    assert leads.find("0", {"If-Match": TAG}) is None
+    assert len(leads._known) == 256
 
 
 # -- credentials and headers
