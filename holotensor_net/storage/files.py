@@ -53,7 +53,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 CREATING = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
-_PRIVATE = re.compile(r"([0-9a-f]*)\.(?:([0-9a-f]{12})-([0-9]{1,10}))?\.[0-9a-f]{32}")
+_PRIVATE = re.compile(r"((?:[0-9a-f]{2}){0,32})\.(?:([0-9a-f]{12})-([0-9]{1,10}))?\.[0-9a-f]{32}")
 
 _MOUNTS = "/proc/self/mountinfo"
 _REMOTE = re.compile(r"nfs4?|cifs|smb[23]?|smbfs|9p|afs|coda|vboxsf|fuse(\..*)?")

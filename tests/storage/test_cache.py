@@ -984,6 +984,15 @@ class TestQuota:
         assert [entry.fragment_id for entry in cache] == ["new"]
         assert cache.get("new") == payload("x", 100)
 
+    def test_planted_part_file_that_is_of_nothing_keeps_nobody_out(self, open_cache: Open, tmp_path: Path) -> None:
+        planted = tmp_path / "cache" / "partial" / f"abc..{'0' * 32}"
+        planted.parent.mkdir(parents=True)
+        planted.write_bytes(bytes(1000))
+        with open_cache() as cache:
+            cache.put("a", b"abc")
+            assert cache.prune(0) == cache.stats().disk_size + 3 == 3
+            cache.clear()
+
     def test_opening_sweeps_what_dead_processes_left(self, open_cache: Open, tmp_path: Path) -> None:
         with subprocess.Popen([sys.executable, "-c", ""]) as dead:
             dead.wait()
