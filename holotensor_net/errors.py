@@ -75,8 +75,13 @@ def redact_url(url: str) -> str:
 
 
 def without_query(name: str) -> str:
-    """A name or a path without the query in which it may end, and which may be a signature."""
+    """A name or a path without the query in which it may end, and which may be a signature; one that is a URL without
+    its user and password too."""
     path, mark, _ = name.partition("?")
+    if "@" in path:
+        scheme, colon, rest = path.partition("://")
+        user, at, _ = rest.partition("/")[0].rpartition("@")
+        path = f"{scheme}{colon}…@{rest[len(user) + 1 :]}" if at else path
     return f"{path}?…" if mark else path
 
 

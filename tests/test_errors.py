@@ -36,6 +36,7 @@ from holotensor_net.errors import (
     StalledTransfer,
     Timeout,
     redact_url,
+    without_query,
 )
 from holotensor_net.values import RangeRequest
 
@@ -206,3 +207,18 @@ def test_what_an_error_is_about_comes_first() -> None:
     exhausted = RetriesExhausted(4, NotFound())
     assert exhausted.attempts == 4
     assert isinstance(exhausted.last_error, NotFound)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("a", "a"),
+        ("a?signature=secret", "a?…"),
+        ("https://user:secret@host/a@b?secret", "https://…@host/a@b?…"),
+        ("https://secret@host", "https://…@host"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("layer@0/weight", "layer@0/weight"),
+    ],
+)
+def test_a_name_is_told_without_what_may_be_secret_in_it(name: str, kept: str) -> None:
+    assert without_query(name) == kept
