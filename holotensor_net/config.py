@@ -196,7 +196,7 @@ class CdnEndpoint:
 
 
 def _digest(*lines: str) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _web_url(url: str) -> Any:

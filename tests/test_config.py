@@ -306,6 +306,8 @@ def test_a_scope_tells_credentials_apart_and_nothing_of_them() -> None:
             {"auth": lambda: "a"},
             {"cache_scope": "a"},
             {"cache_scope": "b"},
+            {"cache_scope": "\udcff"},  # as an environment that is no UTF-8 gives it
+            {"headers": {"X": "\udcff"}},
         )
     ]
     assert len(set(scopes)) == len(scopes)
