@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -192,12 +192,26 @@ class Fetcher:
 
     def _dissolve(self, run: Run, *, alone: bool = False) -> None:
         """Have each fragment of a run come for itself. ``alone``: not joined with others either. With the lock held."""
-        loads, ending = self._books.dissolve(run)
-        for load in loads:
-            load.lane = self._courier.next_for(load)
-        self._scheduler.replace(run, loads, alone=alone)
-        if ending is not None:
-            ending()
+        waiters = run.waiters
+        try:
+            loads, ending = self._books.dissolve(run)
+            for load in loads:
+                load.lane = self._courier.next_for(load)
+            self._scheduler.replace(run, loads, alone=alone)
+            if ending is not None:
+                ending()
+        except BaseException:
+            self._abandon(waiters, {waiter.load for waiter in waiters if waiter.load is not None})
+            raise
+
+    def _abandon(self, waiters: Sequence[Waiter], loads: Collection[Load] = ()) -> None:
+        """An interrupt has come while these passed from hand to hand: nobody else may have them now."""
+        error = Cancelled("interrupted on its way from one queue to another")
+        with calling_later() as calls:
+            for waiter in waiters:
+                self._answer(waiter, error, self._clock())
+            self._resolve_all([(load, error) for load in loads])
+        self.soon(partial(self._call_all, calls))
 
     def _queue(self, loads: list[Load]) -> None:
         """Queue loads; where there is no room for them, work begins, and the caller waits."""
@@ -322,6 +336,13 @@ class Fetcher:
 
     def _dismiss(self, waiter: Waiter, error: NetworkError) -> bool:
         """One waits no longer, and is told; a load that nobody waits for is dropped. False if it was told already."""
+        try:
+            return self._parts(waiter, error)
+        except BaseException:
+            self._abandon((waiter,))
+            raise
+
+    def _parts(self, waiter: Waiter, error: NetworkError) -> bool:
         with self._lock:
             load = self._books.leave(waiter)
             if load is None:

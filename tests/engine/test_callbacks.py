@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from wire import HOLD, Request, Script, Wire, answer, part
 
-from holotensor_net import CdnEndpoint, LoadRequest, LoadResult, NetworkConfig, NetworkLoader
+from holotensor_net import CdnEndpoint, LoadRequest, LoadResult, NetworkConfig, NetworkLoader, Priority
 from holotensor_net.errors import Cancelled, DeadlineExceeded
 
 DATA = bytes(range(256)) * 4096
@@ -234,3 +235,37 @@ def test_a_stream_is_told_though_a_worker_is_held_up_by_a_callback(loader: Calla
             assert results.next(5) is not None
             assert results.next(5) is not None
         stop.set()
+
+
+@pytest.mark.parametrize("interrupted", ["leave", "close", "dissolve"])
+@pytest.mark.parametrize("ask", ["cancel", "update_priority"])
+def test_an_interrupt_leaves_nobody_untold(
+    loader: Callable[..., NetworkLoader], monkeypatch: pytest.MonkeyPatch, interrupted: str, ask: str
+) -> None:
+    silence = threading.Event()
+    with Wire(always=lambda asked: [silence, good(asked)]) as wire:
+        it, over = loader(wire, max_concurrent=1), threading.Event()
+        it.enqueue(request(0, path="silent"))
+        wire.await_requests(1)
+        brief = [LoadRequest(f"{n}", "file", byte_range=(100 * n, 100 * n + 100)) for n in range(20)]
+        futures = it.enqueue_many(brief)
+        futures[3].add_done_callback(lambda _: over.set())
+        real = getattr(it._fetcher._books, interrupted)
+
+        def struck(*args: Any) -> None:
+            real(*args)
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(it._fetcher._books, interrupted, struck)
+        if ask == "cancel":
+            with contextlib.suppress(KeyboardInterrupt):
+                it.cancel("3")
+        else:
+            with contextlib.suppress(KeyboardInterrupt):
+                it.update_priority("3", Priority.HIGH)
+        silence.set()
+        assert over.wait(10)
+        assert all(future.result(10).is_success for future in it.enqueue_many(brief))  # nothing is left that stays
+        it.close()
+        assert all(future.done() for future in futures)
