@@ -26,7 +26,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
         *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter"),
-        *("transport/heads", "transport/names", "transport/pools", "transport/lines", "transport/leads"),
+        *("transport/heads", "transport/names", "transport/addresses", "transport/pools"),
+        *("transport/lines", "transport/leads"),
         *("storage/files", "storage/journal", "storage/parts", "storage/blobs", "storage/memory", "storage/freshness"),
         *("storage/claims", "storage/news", "storage/prefix", "storage/spans"),
         *("engine/priority", "engine/bandwidth", "engine/pacing", "engine/planning", "engine/routes"),
@@ -67,7 +68,7 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("transport/heads",),
         ("transport/sockets",),
-        ("transport/names",),
+        ("transport/names", "transport/addresses"),
         ("transport/pools",),
         ("transport/adapter",),
         ("transport/lines",),
@@ -115,7 +116,7 @@ MONOPOLIES: dict[str, tuple[str, ...]] = {
     "requests": ("transport/client", "transport/adapter", "transport/translation"),
     "urllib3": (
         *("transport/client", "transport/adapter", "transport/pools"),
-        *("transport/sockets", "transport/names", "transport/translation"),
+        *("transport/sockets", "transport/names", "transport/addresses", "transport/translation"),
     ),
     "tenacity": ("transport/retry",),
     "cachetools": ("storage/cache", "stream_cache/"),

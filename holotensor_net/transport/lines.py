@@ -16,9 +16,10 @@ import weakref
 from typing import Any, TypeAlias
 
 from .adapter import Reply, Request, Way, bare_reply, is_straight, target_of
+from .addresses import begin_to_connect, in_turn, pass_over
 from .heads import PlainHead, plain_head
 from .names import look_up
-from .pools import Pool, begin_to_connect, let_go, pool_classes
+from .pools import Pool, let_go, pool_classes
 from .sockets import Answer, LiveSockets
 
 __all__ = ["BRIEF", "Call", "Lines"]
@@ -31,7 +32,6 @@ _LONGEST_HEAD = 1 << 14
 _MOST_STRIKES = 64
 _SOON = 0.5  # seconds for which a thread that has others' requests under way waits for a name
 _END = b"\r\n\r\n"
-_UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 Address: TypeAlias = tuple[Way, Pool, int, Any]
 """Where requests of a way are asked: a pool that makes its connections, the family of an address, and that."""
@@ -142,7 +142,6 @@ class Lines:
         self._pool_class = pool_classes(sockets)["http"]
         self.lock = threading.Lock()
         self._address: Address | None = None
-        self._failures = 0
         self.is_plain = True  # whether answers were, of late
         self._strikes = 0  # how often that ended, since one was that came here
 
@@ -161,7 +160,7 @@ class Lines:
         connection = pool._new_conn()
         with contextlib.suppress(OSError, UnicodeError):
             found = look_up(connection._dns_host, connection.port, self._sockets, _SOON)
-            family, *_, address = found[self._failures % len(found)]
+            family, *_, address = in_turn(found, self._sockets)[0]
             return way, pool, family, address
         return None
 
@@ -169,7 +168,7 @@ class Lines:
         """Nobody is to be reached at an address that was tried: try another, unless that is done already."""
         with self.lock:
             if tried is not None and tried is self._address:
-                self._failures += 1
+                pass_over(tried[3], self._sockets)
                 self._address = None
 
     def doubt(self) -> None:
@@ -257,13 +256,13 @@ class Lines:
         except OSError:
             return None
         try:
-            failure = begin_to_connect(sock, address, connection, self._sockets)
+            failure = begin_to_connect(sock, address, connection.socket_options or (), self._sockets)
         except OSError as error:
             failure = error.errno or errno.EIO
         except BaseException:
             sock.close()
             raise
-        if failure not in _UNDER_WAY:
+        if failure:
             sock.close()
             self.fail(known)
             return None

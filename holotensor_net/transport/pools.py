@@ -6,7 +6,6 @@ Each is known to its client's ``LiveSockets`` from the moment that it begins to 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import http.client
 import logging
@@ -26,19 +25,18 @@ from urllib3.exceptions import (
     NameResolutionError,
     NewConnectionError,
 )
-from urllib3.util import wait_for_write
 from urllib3.util.ssl_ import create_urllib3_context, resolve_cert_reqs
 
 from ..errors import without_query
+from .addresses import connect
 from .heads import plain_request
 from .names import look_up
 from .sockets import LONGEST, Answer, LiveSockets, Reader
 
-__all__ = ["Pool", "begin_to_connect", "let_go", "pool_classes"]
+__all__ = ["Pool", "let_go", "pool_classes"]
 
 _CLOSED_MEANWHILE = contextlib.suppress(BrokenPipeError, ConnectionResetError)  # there may be an answer all the same
 _FULL = contextlib.suppress(BlockingIOError)
-_UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 
 class _Here(threading.local):
@@ -303,54 +301,20 @@ def _trusting(bundle: str, changed: int) -> ssl.SSLContext:
 
 def _connect(connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
     """A connected socket, known to ``sockets`` since it began to connect; raises what urllib3's own would."""
-    failure: OSError = OSError("the name has no address")
-    addresses = []
+    patience = functools.partial(_patience, connection, sockets)
     try:
-        addresses = look_up(connection._dns_host, connection.port, sockets, _patience(connection, sockets))
+        found = look_up(connection._dns_host, connection.port, sockets, patience())
+        return connect(found, connection.socket_options or (), sockets, patience)
     except (socket.gaierror, UnicodeError) as error:
         if isinstance(error, UnicodeError):
             error = socket.gaierror(str(error))
         raise NameResolutionError(connection.host, connection, error) from error
+    except TimeoutError as error:
+        raise ConnectTimeoutError(connection, f"no connection within {connection.timeout} s") from error
     except OSError as error:
-        failure = error
-    for family, kind, protocol, _, address in addresses:
-        try:
-            return _connected(socket.socket(family, kind, protocol), address, connection, sockets)
-        except OSError as error:  # also where this machine has no such family
-            failure = error
-    if isinstance(failure, TimeoutError):
-        raise ConnectTimeoutError(connection, f"no connection within {connection.timeout} s") from failure
-    raise NewConnectionError(connection, f"no connection: {failure}") from failure
+        raise NewConnectionError(connection, f"no connection: {error}") from error
 
 
 def _patience(connection: HTTPConnection, sockets: LiveSockets) -> float:
     """Seconds that each step towards a connection may take."""
     return min(float(connection.timeout or LONGEST), sockets.left())
-
-
-def _connected(sock: socket.socket, address: Any, connection: HTTPConnection, sockets: LiveSockets) -> socket.socket:
-    try:
-        seconds = _patience(connection, sockets)
-        failure = begin_to_connect(sock, address, connection, sockets)
-        if failure in _UNDER_WAY:
-            if not wait_for_write(sock, seconds):
-                raise TimeoutError("timed out")
-            failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if failure:
-            raise OSError(failure, os.strerror(failure))
-        sock.settimeout(seconds)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def begin_to_connect(sock: socket.socket, address: Any, connection: HTTPConnection, sockets: LiveSockets) -> int:
-    """Have a socket connect, without a wait, and be known to ``sockets``; gives an error's number, which may say that
-    it is under way."""
-    for option in connection.socket_options or ():
-        sock.setsockopt(*option)
-    sock.setblocking(False)
-    failure = sock.connect_ex(address)
-    sockets.add(sock)  # under way already: a shutdown before that would be forgotten by connecting
-    return failure

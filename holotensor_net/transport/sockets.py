@@ -107,12 +107,14 @@ class _Interruptible:
 class LiveSockets:
     """The sockets of one client, and how long each of its threads waits for bytes. Its lock guards the set.
 
-    ``window``: seconds of waiting over which the rate of an answer is taken.
+    ``window``: seconds of waiting over which the rate of an answer is taken. ``silent``: when addresses were
+    found to be, which are tried after others for that.
     """
 
     def __init__(self, window: float = 30.0, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.window = window
         self.clock = clock
+        self.silent: dict[Any, float] = {}
         self._lock = threading.Lock()
         self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._buffers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # of sockets that have a bound
