@@ -538,6 +538,7 @@ class Courier:
     def failed(self, shares: list[Share], error: NetworkError, endpoint: int, since: float) -> bool:
         """An endpoint has failed to bring a piece that was begun at ``since``; True if that is not the last word, and
         it may be asked again."""
+        _log.info("%s failed: %s", redact_url(self._config.endpoints[endpoint].url), error)
         is_crowded = self._is_crowded(shares, error, endpoint, since)
         with self._lock:
             if is_crowded:
@@ -569,6 +570,7 @@ class Courier:
             self._changed.notify_all()
 
     def _note_retry(self, error: NetworkError, endpoint: int) -> None:
+        _log.info("%s is asked again: %s", redact_url(self._config.endpoints[endpoint].url), error)
         with self._lock:
             self.retries += 1
         if isinstance(error, RateLimited | Timeout):

@@ -854,6 +854,22 @@ def test_failures_that_were_got_over_are_counted(make: Make, served: Callable[..
     assert loader.stats().retries > 0
 
 
+def test_what_was_got_over_is_told_to_who_wants_to_know(
+    make: Make, served: Callable[..., Origin], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "holotensor_net")
+    url = served(fail=0.5).url
+    loader = make(url.replace("//", "//user:hunter2@"), retry=RetryConfig(max_retries=50, initial_backoff=0.001))
+    for start in range(10):
+        assert loader.load_range(REQUEST, start, start + 5).is_success
+    told = [record.getMessage() for record in caplog.records if "is asked again" in record.getMessage()]
+    assert len(told) == loader.stats().retries > 0
+    assert all(url.partition("//")[2] in message for message in told)
+    assert "hunter2" not in caplog.text
+    assert not make(url).load(LoadRequest("id", "nowhere")).is_success
+    assert f"{url} failed: " in caplog.messages[-1]
+
+
 def test_sync_writes_what_is_known_of_use(make: Make, served: Callable[..., Origin], tmp_path: Path) -> None:
     server = served(cache_control="max-age=60")
     loader = make(server.url)
