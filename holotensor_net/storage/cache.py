@@ -32,7 +32,7 @@ from ..errors import CacheError
 from .claims import Claims
 from .disk import DiskTier
 from .entries import CacheEntry, Held, Usage
-from .files import Buffer, digest_of, flat
+from .files import Buffer, digest_of, fixed, flat
 from .freshness import State, is_same_entity
 from .parts import PartFile
 
@@ -81,7 +81,7 @@ class FragmentCache:
         self.config = config or CacheConfig()
         self._clock = clock
         root = self.config.root
-        self._root = None if root is None else root.absolute()  # wherever the process goes from here
+        self._root = None if root is None else fixed(root)
         self._open()
         _watch_over(self)
 

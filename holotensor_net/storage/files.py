@@ -29,6 +29,7 @@ __all__ = [
     "contents",
     "digest_of",
     "disown",
+    "fixed",
     "flat",
     "hold",
     "is_gone",
@@ -249,6 +250,15 @@ def subject_of(name: str) -> str:
 def token_of(name: str) -> str:
     """What tells a private file from all others: 32 hex digits."""
     return name.rpartition(".")[2]
+
+
+def fixed(folder: Path) -> Path:
+    """The same folder wherever the process goes from here; as it was named, where only that leads there: what lies
+    above the working directory may be closed to us."""
+    try:
+        return folder.absolute() if folder.is_absolute() or os.access(Path.cwd(), os.X_OK) else folder
+    except OSError:  # there is no working directory any more
+        return folder
 
 
 def is_gone(name: str) -> bool | None:

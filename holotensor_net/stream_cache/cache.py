@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import GIB, default_cache_dir
 from ..errors import ConfigurationError
+from ..storage.files import fixed
 from ..storage.results import ResultStore
 from .frozen import Frozen, freeze
 from .functions import function_key
@@ -57,7 +58,7 @@ class StreamCache:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._limits = _size("max_chunks", max_chunks), math.inf if max_bytes is None else _size("max_bytes", max_bytes)
-        self._folder = default_cache_dir() / "results" if disk is True else Path(disk).absolute() if disk else None
+        self._folder = default_cache_dir() / "results" if disk is True else fixed(Path(disk)) if disk else None
         self._max_disk_size = _size("max_disk_size", max_disk_size)
         self._clock = clock
         self._states: dict[str, tuple[CacheKey, Frozen]] = {}
