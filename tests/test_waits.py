@@ -209,7 +209,15 @@ def uses_a_future() -> tuple[Callable[[], object], Callable[[], object]]:
     return use, lambda: [future.cancelled() for future in futures]
 
 
-@pytest.mark.parametrize("uses", [uses_a_latch, uses_a_scheduler, uses_a_future])
+def uses_a_stream() -> tuple[Callable[[], object], Callable[[], object]]:
+    class Idle:
+        config = NetworkConfig()
+
+    stream = StreamingLoader(Idle())  # type: ignore[arg-type]
+    return stream.next, lambda: stream.next(0)
+
+
+@pytest.mark.parametrize("uses", [uses_a_latch, uses_a_scheduler, uses_a_future, uses_a_stream])
 def test_an_interrupt_leaves_nothing_locked(
     uses: Callable[[], tuple[Callable[[], object], Callable[[], object]]],
 ) -> None:

@@ -27,7 +27,7 @@ class StreamingLoader:
     At most ``buffer`` fragments, and ``memory_budget`` bytes of them (one at least), are asked for and not yet taken:
     a slow consumer slows the network, not the memory. What is of unknown size counts as a piece, or as what such had on
     average if that was more, until it has come. ``path_prefix`` is put before every path. To be used by one thread at a
-    time; a context manager, which cancels on exit. Its Condition guards the results.
+    time; a context manager, which cancels on exit. Its lock guards the results.
     """
 
     def __init__(self, loader: NetworkLoader, path_prefix: str = "", buffer: int = 256) -> None:
@@ -38,7 +38,8 @@ class StreamingLoader:
         self._buffer = buffer
         self._budget = loader.config.memory_budget
         self._waiting = PriorityQueue()
-        self._arrived = threading.Condition()
+        self._lock = threading.RLock()  # not its Condition, which an interrupt may leave locked
+        self._arrived = threading.Condition(self._lock)
         self._ready: deque[tuple[LoadResult, int]] = deque()
         self._futures: set[Future[LoadResult]] = set()
         self._asked = 0
@@ -79,7 +80,7 @@ class StreamingLoader:
     def next(self, timeout: float | None = None) -> LoadResult | None:
         """The next result; None at the end. Raises Timeout if there is none within ``timeout`` seconds."""
         self._ask()
-        with self._arrived:
+        with self._lock:
             if not attentively(lambda seconds: self._arrived.wait_for(self._has_news, seconds), timeout):
                 raise Timeout(f"no fragment arrived within {timeout} s")
             if self._cancelled or not self._ready:
@@ -97,7 +98,7 @@ class StreamingLoader:
     def cancel(self) -> None:
         """Drop everything that has not been taken; iteration ends. Idempotent."""
         self._waiting.clear()
-        with self._arrived:
+        with self._lock:
             self._cancelled = True
             self._ready.clear()
             futures, self._futures = self._futures, set()
@@ -120,11 +121,11 @@ class StreamingLoader:
                 return
             if not self._waiting.discard(fragment):
                 continue
-            with self._arrived:
+            with self._lock:
                 self._asked += 1
                 self._asked_bytes += size
             future = self._future_of(replace(fragment.request, priority=fragment.priority))
-            with self._arrived:
+            with self._lock:
                 self._futures.add(future)
             if self._cancelled:  # meanwhile, by another thread
                 future.cancel()
@@ -144,7 +145,7 @@ class StreamingLoader:
         if future.cancelled():
             return
         result = future.result()
-        with self._arrived:
+        with self._lock:
             self._futures.discard(future)
             if self._cancelled:
                 return
