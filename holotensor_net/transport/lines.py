@@ -209,6 +209,7 @@ class Lines:
         if len(self._idle) >= self._most or connection.sock is None:
             connection.close()
             return
+        connection.rest()
         self._idle.append(connection)
         if self._is_closed:
             _close_all(self._idle)
@@ -232,7 +233,7 @@ class Lines:
                 connection = self._idle.pop()
             except IndexError:
                 return None
-            if self._is_usable(connection.sock):
+            if connection.is_trusted and self._is_usable(connection.sock):
                 return connection
             connection.close()
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import http.client
 import logging
+import math
 import os
 import queue
 import socket
@@ -95,6 +96,11 @@ class Pool(connectionpool.HTTPConnectionPool):
         finally:
             here.is_asking = False
 
+    def _put_conn(self, conn: Any) -> None:
+        if conn is not None:
+            conn.rest()
+        super()._put_conn(conn)
+
     def again(self, target: str, headers: Mapping[str, str], conditions: Mapping[str, str]) -> Answer | None:
         """The answer to a GET, over a connection that an earlier one has left; None if there is none.
 
@@ -145,6 +151,7 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
     class Connection(HTTPConnection):
         _answer: Answer | None = None
         _left: Reader | None = None
+        _rests_since = math.inf
 
         def response_class(self, sock: Any, *args: Any, **kwargs: Any) -> Answer:  # type: ignore[override]
             self._answer = Answer(Reader(sock, sockets), *args, **kwargs)
@@ -155,8 +162,17 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
 
         @property
         def is_connected(self) -> bool:
-            """Whether it may be used again: it is open, and its receive buffer as large as is wanted now."""
-            return super().is_connected and sockets.fit(self.sock)
+            """Whether it may be used again: open and trusted, with a receive buffer as large as is wanted now."""
+            return self.is_trusted and super().is_connected and sockets.fit(self.sock)
+
+        @property
+        def is_trusted(self) -> bool:
+            """Whether what is sent over it may be answered, though it has been at rest."""
+            return sockets.is_trusted(self._rests_since)
+
+        def rest(self) -> None:
+            """Nobody uses it, from now on."""
+            self._rests_since = sockets.clock()
 
         def ask(self, target: str, headers: Mapping[str, str], conditions: Mapping[str, str]) -> Answer:
             """The answer to a GET over this connection, which is open."""

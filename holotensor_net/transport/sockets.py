@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
+import math
 import re
 import socket
 import ssl
@@ -44,6 +45,8 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")  # RFC 
 _HARDLY = 0.05  # seconds
 _MUCH = 1 << 19  # bytes that are waited for where they come fast
 _SOON = 0.005  # seconds in which they then do
+_SILENCE = 0.5  # seconds without a byte that make other connections doubtful, at least
+_LONGEST_REST = 60.0  # seconds after which a router may have forgotten a connection
 _WIDE = 8 << 20  # bytes of a receive buffer, enough for any path
 _ACCOUNTED = 2 if sys.platform == "linux" else 1  # socket(7): SO_RCVBUF is doubled, for the kernel's own bookkeeping
 
@@ -120,6 +123,7 @@ class LiveSockets:
         self._buffers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # of sockets that have a bound
         self._widest = _WIDE  # that may be asked for, as far as is known
         self._aborted = False
+        self._doubted_at = -math.inf
         self._own = _Own()
 
     def add(self, sock: socket.socket) -> None:
@@ -183,6 +187,16 @@ class LiveSockets:
                 self._buffers[sock] = has
                 self._widest = min(widest, has) if has < wanted else widest
         return has >= wanted
+
+    def doubt(self, seconds: float) -> None:
+        """A thread has waited so long for bytes, in vain: what is at rest now may lead nowhere, too."""
+        if seconds >= _SILENCE:
+            self._doubted_at = self.clock()
+
+    def is_trusted(self, since: float) -> bool:
+        """Whether a connection that has been at rest since then may be used. Where a router has forgotten it, or this
+        machine has another address now, nobody says so: what is sent over it is not answered."""
+        return self._doubted_at < since and self.clock() < since + _LONGEST_REST
 
     def abort(self) -> None:
         """Wake every thread that waits on one of the sockets, now; no new ones are made."""
@@ -294,7 +308,11 @@ class _Incoming(io.RawIOBase):
         sockets.bound(self._sock)
         sockets.fit(self._sock)
         self._gather(len(buffer))
-        count = self._sock.recv_into(buffer)
+        try:
+            count = self._sock.recv_into(buffer)
+        except TimeoutError:
+            sockets.doubt(self._sock.gettimeout() or 0.0)
+            raise
         if self._encrypted is not None and 0 < count < len(buffer):
             count += _records(self._encrypted, memoryview(buffer)[count:])
         if not count and not self._may_end:

@@ -71,6 +71,16 @@ def test_a_plain_answer_is_read_and_its_connection_used_again(lines: Lines) -> N
         assert wire.connections == 1
 
 
+def test_a_connection_that_may_lead_nowhere_is_not_used_again(lines: Lines) -> None:
+    with Wire(always=PLAIN) as wire:
+        for _ in range(2):
+            begun = call(lines, wire.url)
+            assert received(begun) is not None
+            begun.end()
+            lines._sockets.doubt(2.0)
+        assert wire.connections == 2
+
+
 def test_who_is_cut_when_it_is_over_cuts_nobody_else(lines: Lines) -> None:
     is_cut = threading.Event()
     with Wire(PLAIN, [is_cut, PLAIN]) as wire:

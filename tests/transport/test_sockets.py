@@ -622,6 +622,35 @@ def test_a_connection_is_used_again(live: LiveSockets, open_pool: Open) -> None:
         assert (wire.connections, len(wire.requests)) == (1, 3)
 
 
+@pytest.mark.parametrize(("rest", "connections"), [(0.0, 1), (30.0, 1), (300.0, 2)])
+def test_a_connection_that_a_router_may_have_forgotten_is_not_used_again(
+    open_pool: Open, rest: float, connections: int
+) -> None:
+    now = [0.0]
+    with Wire(always=answer(b"hello")) as wire:
+        pool = open_pool(LiveSockets(clock=lambda: now[0]), wire.port)
+        for _ in range(2):
+            assert body_of(get(pool)) == b"hello"
+            now[0] += rest
+        assert wire.connections == connections
+
+
+@pytest.mark.parametrize(("seconds", "connections"), [(0.01, 1), (2.0, 2)])
+def test_who_waited_in_vain_has_others_make_new_connections(
+    live: LiveSockets, open_pool: Open, seconds: float, connections: int
+) -> None:
+    with Wire([answer(b"hello")], [HOLD], always=answer(b"hello")) as wire:
+        at_rest, silent = open_pool(live, wire.port), open_pool(live, wire.port)
+        assert body_of(get(at_rest)) == b"hello"
+        live.wait_at_most(lambda: seconds)
+        with pytest.raises(ReadTimeoutError):
+            get(silent)
+        live.wait_at_most(lambda: 5.0)
+        for _ in range(2):  # the second time over the new one
+            assert body_of(get(at_rest)) == b"hello"
+        assert wire.connections == 1 + connections
+
+
 def test_tls_within_tls_is_known_by_the_socket_it_has(live: LiveSockets) -> None:
     """urllib3's stand-in for a socket there has none of a socket's C methods, so that abort could not shut it down."""
     connection = pool_classes(live)["http"].ConnectionCls("127.0.0.1")
