@@ -216,7 +216,7 @@ def test_a_name_that_nobody_resolves_holds_no_round_up(
             it.close()
             assert all(isinstance(future.result(0).error, Cancelled) for future in futures)
             assert resolver.asked == ["models.example"]
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 5.0
 
 
 def test_what_is_critical_goes_before_those_that_wait(loader: Callable[..., NetworkLoader]) -> None:

@@ -25,10 +25,11 @@ from hostile.runner import run, some
 from hostile.storm import SCENES
 
 from holotensor_net.engine import assembly
+from holotensor_net.transport import addresses as dialling
 from holotensor_net.transport import client, digests, guards, names, pools, retry, sockets, transfer
 from holotensor_net.values import Validator
 
-ROOMS = (guards, digests, transfer, client, sockets, names, pools)
+ROOMS = (guards, digests, transfer, client, sockets, names, dialling, pools)
 
 AT_ONCE = 12
 """Transfers of a row that are made to see whether it notices."""
@@ -224,7 +225,7 @@ CAUGHT_BY = {
     "malformed chunk size": "12-chunk-length-with-plus",
     "come too slowly": "27-body-drip",
     "a change of protocol": "26-change-of-protocol",
-    "_connected  raise TimeoutError('timed out')": "35-all-endpoints-are-black-holes",
+    "connect  raise TimeoutError('timed out')": "35-all-endpoints-are-black-holes",
     "the name was not resolved": "35-no-name-server-answers",
     "a header in several lines": "5-folded",
     "a header line that is none": "13-leading-space",
@@ -261,7 +262,7 @@ EXCUSED = {
     "a credential or a header holds": "a setting, no answer",
     "_decoded  raise _too_large": "what goes beyond the bound is not unpacked in any case, and so refused as cut",
     "redirects to something that is no URL": "what has no scheme is none that is fetched, either",
-    "raise OSError(failure": "to write to what is not connected fails likewise",
+    "raise OSError(number": "to write to what is not connected fails likewise",
     "raise NewConnectionError(self": "a closed client, no answer",
 }
 """Words of a mutant's name → why no row can notice it: no answer leads there, or another guard stands behind it."""

@@ -1786,7 +1786,7 @@ def test_a_name_that_cannot_be_is_no_connection(client: Open, name: str) -> None
 
 
 def test_a_name_that_nobody_resolves_is_a_timeout(client: Open, resolver: Resolver) -> None:
-    with within(1.0), pytest.raises(Timeout, match="the name was not resolved in time"):
+    with within(5.0), pytest.raises(Timeout, match="the name was not resolved in time"):
         client("http://models.example", connect_timeout=0.1).fetch("a")
 
 

@@ -104,7 +104,7 @@ def test_nobody_waits_longer_than_he_said(live: LiveSockets, resolver: Resolver,
         began = time.monotonic()
         with pytest.raises(TimeoutError, match="not resolved in time"):
             look_up(NAME, 80, live, 0.05)
-        assert 0.05 <= time.monotonic() - began < 1.0
+        assert 0.05 <= time.monotonic() - began < 5.0
     assert resolver.asked == [NAME]
     assert [end.fileno() for end in pairs] == [-1] * 6
     resolver.may_answer.set()
@@ -126,7 +126,7 @@ def test_the_wait_for_a_name_can_be_cut(
     began = time.monotonic()
     with live.interruptible(interrupt), pytest.raises(ConnectionAbortedError):
         look_up(NAME, 80, live, LONG)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5.0
     cutting.join()
     assert [end.fileno() for end in pairs] == [-1, -1]
 
