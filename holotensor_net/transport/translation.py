@@ -6,6 +6,7 @@ the URL that the libraries' own words would repeat.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import socket
 import sys
@@ -24,6 +25,8 @@ from ..errors import (
 )
 
 __all__ = ["translated"]
+
+_NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 
 
 class translated:
@@ -79,6 +82,8 @@ def _advice(cause: BaseException | None) -> str:
     """What to look at where no connection came about."""
     if isinstance(cause, socket.gaierror):
         return "check the host's name, and whether this machine is online"
+    if isinstance(cause, OSError) and cause.errno in _NO_WAY:
+        return "check the host, and whether this machine is online"
     return "check host and port, and whether the server runs"
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import gc
 import gzip
 import hashlib
@@ -62,6 +63,7 @@ from holotensor_net.errors import (
     StalledTransfer,
     Timeout,
 )
+from holotensor_net.transport import addresses
 from holotensor_net.transport.client import Answer, Ask, HttpClient, Write, _hop
 from holotensor_net.transport.digests import Digest
 from holotensor_net.transport.leads import Lead, Leads
@@ -1749,6 +1751,7 @@ def test_no_failure_shows_a_secret(client: Open, sent: Any, caplog: pytest.LogCa
         ("refused", "check host and port"),
         ("no TLS", "check https://"),
         ("unknown name", "check the host's name"),
+        ("no network", "unreachable: check the host, and whether this machine is online"),
         ("proxy", "see HTTP_PROXY"),
     ],
 )
@@ -1769,6 +1772,8 @@ def test_no_failure_to_connect_shows_a_secret_and_each_says_what_to_look_at(
                 raise socket.gaierror(-2, "Name or service not known")
 
             monkeypatch.setattr(socket, "getaddrinfo", unknown)
+        elif kind == "no network":
+            monkeypatch.setattr(addresses, "begin_to_connect", lambda *_: errno.ENETUNREACH)
         with pytest.raises(ConnectionFailed, match=advice) as caught:
             client(url, auth=SECRET, **options).fetch(f"a?signature={SECRET}")
     assert SECRET not in "".join(traceback.format_exception(caught.value)) + caplog.text
