@@ -50,9 +50,9 @@ def connect(
     """A connection to the first of these addresses that takes one; each attempt is known to ``sockets``.
 
     ``patience`` gives the seconds for which an attempt that begins now is waited for, and those before it. Raises the
-    OSError of the one that failed last; TimeoutError where some were silent to the end.
+    OSError of the one that failed last, if any could begin; TimeoutError where some were silent to the end.
     """
-    failure, seconds, until = OSError("the name has no address"), 0.0, 0.0
+    failure, is_sent, seconds, until = OSError("the name has no address"), False, 0.0, 0.0
     left, under_way = collections.deque(in_turn(found, sockets)), dict[socket.socket, Any]()
     try:
         while left or under_way:
@@ -61,9 +61,10 @@ def connect(
                 try:
                     seconds = patience()
                     under_way[_begun(one, options, sockets)] = one[-1]
-                except OSError as error:  # also where this machine has no such family
-                    failure = error
+                except OSError as error:  # also where this machine has no such family, or no route to it
+                    failure = failure if is_sent else error
                     continue
+                is_sent = True
                 until = sockets.clock() + seconds
             wait = max(0.0, until - sockets.clock())
             ready = _ready(under_way, min(wait, _DELAY) if left else wait)

@@ -127,6 +127,14 @@ def test_the_last_failure_is_told(live: Known, hole: int, closed: int) -> None:
     assert not live.left_open
 
 
+def test_what_a_host_said_is_told_rather_than_that_there_is_no_way_to_another(live: Known, closed: int) -> None:
+    unknown = (12345, socket.SOCK_STREAM, 0, "", ("::1", closed, 0, 0))
+    with pytest.raises(ConnectionRefusedError):
+        connect([*at(closed), unknown], (), live, lambda: LONG)
+    with pytest.raises(OSError, match="not supported"):
+        connect([unknown], (), live, lambda: LONG)
+
+
 def test_attempts_end_with_the_time_of_the_last(live: Known, hole: int) -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError):
