@@ -205,7 +205,7 @@ def test_a_name_that_nobody_resolves_holds_no_round_up(
         named = (CdnEndpoint(wire.url.replace("127.0.0.1", "models.example")),)
         it = loader(wire, endpoints=named, max_concurrent=8, timeout=60.0)
         futures = it.enqueue_many(requests(deadline=0.2 if end == "deadline" else None))
-        assert resolver.is_asked.wait(5)
+        assert resolver.is_asked.wait(5) or end == "deadline"  # on a slow machine that may be over before
         began = time.monotonic()
         if end == "answer":
             resolver.may_answer.set()
