@@ -777,10 +777,8 @@ def test_the_pool_grows_where_each_connection_is_slow(
     data = random.Random(6).randbytes(6_000_000)
     (tmp_path / "www" / "big").write_bytes(data)
     loader = make(server.url, chunk_size=50_000, max_concurrent=32)
-    began = time.monotonic()
     assert loader.load(LoadRequest("big", "big")).data == data
-    assert time.monotonic() - began < 2.5  # with the four connections that it begins with, three seconds
-    assert server.stats().peak_requests > 8
+    assert server.stats().peak_requests > 8  # it begins with four
 
 
 @pytest.mark.parametrize("setting", ["request", "configuration"])
