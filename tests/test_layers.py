@@ -49,7 +49,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     3: (
         *("engine/request_cache", "engine/sinks", "engine/loads", "engine/runs", "engine/books", "engine/races"),
-        "engine/turns",
+        *("engine/turns", "engine/confirmations"),
         *("engine/recovery", "engine/assembly", "engine/courier", "engine/rounds", "engine/fetcher"),
         *("stream_cache/tiers", "stream_cache/cache"),
     ),
@@ -95,7 +95,7 @@ STAIRS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("engine/sinks", "engine/loads"),
         ("engine/runs",),
         ("engine/books",),
-        ("engine/races", "engine/recovery", "engine/turns"),
+        ("engine/races", "engine/recovery", "engine/turns", "engine/confirmations"),
         ("engine/assembly",),
         ("engine/courier",),
         ("engine/rounds",),

@@ -17,6 +17,7 @@ from ..transport.digests import check_digests
 from ..transport.guards import check_checksum
 from ..values import HeadInfo, LoadRequest, RangeRequest
 from ..waits import Latch
+from .confirmations import Confirmations
 from .loads import Attempt, Load, Share, Whole
 from .recovery import Gone, is_failing
 from .request_cache import Destination, Proven, RequestCache, contradicts
@@ -50,12 +51,19 @@ class Assembly:
     """Makes wholes of pieces. ``lock``, the fetcher's, guards the loads; nothing is read or written under it."""
 
     def __init__(
-        self, config: NetworkConfig, scheduler: Scheduler, cache: RequestCache, turns: Turns, lock: Latch
+        self,
+        config: NetworkConfig,
+        scheduler: Scheduler,
+        cache: RequestCache,
+        turns: Turns,
+        confirmations: Confirmations,
+        lock: Latch,
     ) -> None:
         self._config = config
         self._scheduler = scheduler
         self._cache = cache
         self._turns = turns
+        self._confirmations = confirmations
         self._lock = lock
 
     def open(self, shares: list[Share], head: HeadInfo, coming: RangeRequest | None) -> Write:
@@ -68,6 +76,7 @@ class Assembly:
         may_store = "no-store" not in head.headers.get("cache-control", "").lower()
         try:
             for share, span in zip(shares, spans, strict=True):
+                self._confirmations.answered(share.load)
                 if not may_store:
                     self._turns.end(share.load)  # there will be nothing to wait for
                 made.append(self._made(share, span, head) if common is None else common.part(span))

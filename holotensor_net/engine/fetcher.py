@@ -26,6 +26,7 @@ from ..waits import Latch
 from .alarms import Alarms
 from .assembly import Assembly
 from .books import Books, identity_of
+from .confirmations import Confirmations, Told
 from .courier import Courier
 from .loads import Attempt, Call, Load, Share, Waiter, Whole, calling_later
 from .priority import PrioritizedFragment
@@ -96,7 +97,8 @@ class Fetcher:
         # Weakly, here and below: a loader that nobody holds any more, and that has nothing to do, has to go at once.
         known = weakref.ref(self)
         self._cancelled = partial(_cancelled, known)
-        self._assembly = Assembly(config, scheduler, cache, self._turns, self._lock)
+        self._confirmations = Confirmations(scheduler, self._lock, released=lambda: _grow(known), clock=clock)
+        self._assembly = Assembly(config, scheduler, cache, self._turns, self._confirmations, self._lock)
         self._courier = Courier(
             config,
             scheduler,
@@ -359,6 +361,7 @@ class Fetcher:
         if is_dropped:
             self._scheduler.settle(load, success=False)
             self._turns.end(load)
+            self._confirmations.forget(load)
         self._answer(waiter, error, self._clock())
         if is_dropped:
             for race in idle:
@@ -381,6 +384,7 @@ class Fetcher:
             for load, outcome, waiters, _ in closed:
                 if load.turn is not None:
                     self._turns.end(load)
+                self._confirmations.answered(load)
                 if isinstance(load, Run):
                     load.end(outcome, now)
                 for waiter in waiters:
@@ -575,7 +579,39 @@ class Fetcher:
 
     def _sets_aside(self, piece: Piece) -> bool:
         """Whether a piece is not to be brought as it is: something else was done about it."""
-        return self._is_held_back(piece) or self._resumes(piece)
+        return self._is_answered(piece) or self._is_held_back(piece) or self._resumes(piece)
+
+    def _is_answered(self, piece: Piece) -> bool:
+        """Whether a piece need not be asked for, as another load's question is about the same version of its object."""
+        part = piece.parts[0]
+        load = part.fragment
+        if not isinstance(load, Load) or load.held is None:
+            return False
+        answer = self._confirmations.take(load, part)
+        if answer is True or (isinstance(answer, Told) and not self._is_confirmed(load, answer)):
+            return False
+        self._scheduler.release(piece)
+        return True
+
+    def _is_confirmed(self, load: Load, told: Told) -> bool:
+        """Whether the cache still has what was confirmed: then it is delivered."""
+        held = load.held
+        try:
+            data = None
+            if held is not None:
+                data = self._cache.confirm(held, told.head, load.request, asked_at=told.asked_at)
+            if data is None or held is None:
+                with self._lock:
+                    load.held = None
+                return False
+            whole = Whole(data, self._cache.told(held), from_cache=True)
+        except Exception as error:
+            self._resolve(load, _defect(error))
+            return True
+        with self._lock:
+            self._confirmed_bytes += len(data)
+        self._resolve(load, whole)
+        return True
 
     def _is_held_back(self, piece: Piece) -> bool:
         """Whether a piece is not begun with, as another process brings something of it, or has; the rest of it is
@@ -747,6 +783,7 @@ class Fetcher:
             self._courier.blame(endpoint, error)
             self._recover(share, error, endpoint)
             return None
+        self._confirmations.answered(load, Told(answer.head, load.attempt.asked_at))
         with self._lock:
             self._confirmed_bytes += len(outcome.data)
         return outcome

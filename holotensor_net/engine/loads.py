@@ -100,7 +100,7 @@ class Load(PrioritizedFragment):
 
     ``whole``: each endpoint is asked for all of the object in a plain GET, as none is left that serves ranges.
     ``may_resume``: the first worker is to look for what has come of an earlier transfer. ``is_repeated``: an equal load
-    has ended not long ago. ``done``: everyone was told.
+    has ended not long ago. ``asks``: what it asks for others too, if it does. ``done``: everyone was told.
     """
 
     # What most loads never need is the class's until it is set: there may be a million of them.
@@ -110,6 +110,7 @@ class Load(PrioritizedFragment):
     in_memory: bool = False
     may_resume: bool = False
     is_repeated: bool = False
+    asks: object = None
     turn: Turn | None = None
     done: bool = False
 
