@@ -141,7 +141,7 @@ class HttpError(NetworkError):
 
     @property
     def is_retryable(self) -> bool:  # type: ignore[override]
-        return self.status == 408 or (self.status >= 500 and self.status not in (501, 505))
+        return self.status in (408, 429) or (self.status >= 500 and self.status not in (501, 505))
 
 
 class NotFound(HttpError, FileNotFoundError):

@@ -110,7 +110,7 @@ def test_a_refusal_for_good_is_not_retryable(status: int) -> None:
     assert not HttpError(status=status).is_retryable
 
 
-@pytest.mark.parametrize("status", [408, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_a_refusal_for_now_is_retryable(status: int) -> None:
     assert HttpError(status=status).is_retryable
 
