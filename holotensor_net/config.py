@@ -12,9 +12,9 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from .errors import ConfigurationError, InvalidUrl, redact_url
@@ -295,6 +295,16 @@ class CacheConfig:
         return offline(self.offline)
 
 
+class _AsTheEnvironmentHasIt:
+    """A field that, where it was given as None, reads as ``HOLOTENSOR_OFFLINE`` has it at that moment."""
+
+    def __get__(self, owner: object | None, kind: type) -> bool | None:
+        return None if owner is None else offline(vars(owner)["offline"])
+
+    def __set__(self, owner: object, value: bool | None) -> None:
+        vars(owner)["offline"] = value
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """All settings of a loader. Sizes in bytes, rates in bytes/s, times in seconds.
@@ -308,10 +318,10 @@ class NetworkConfig:
     ``region``: the caller's, whose endpoints go first among those of equal priority; ``hedging``: ask a second time
     for what is slow, of the next endpoint (None), of the same one where there is no other (True), or never (False);
     ``min_bandwidth``: below it the loader asks its callers to throttle; ``max_bandwidth`` and
-    ``max_requests_per_second``: of all workers and endpoints together, whatever they ask for; ``offline``: None takes
-    ``HOLOTENSOR_OFFLINE``; ``memory_budget``: bytes in flight and undelivered; spare memory, which was
-    delivered and let go of, is given to the next fragments, and to the system once it lacks some, and makes no more of
-    it together with what is in use.
+    ``max_requests_per_second``: of all workers and endpoints together, whatever they ask for; ``offline``: None, or
+    not to set it, takes ``HOLOTENSOR_OFFLINE`` whenever it is read (False where that is not set);
+    ``memory_budget``: bytes in flight and undelivered; spare memory, which was delivered and let go of, is given to the
+    next fragments, and to the system once it lacks some, and makes no more of it together with what is in use.
 
     Raises ConfigurationError, naming field and value.
     """
@@ -329,7 +339,7 @@ class NetworkConfig:
     monitor_bandwidth: bool = True
     min_bandwidth: float = MIB
     max_bandwidth: float | None = None
-    offline: bool | None = None
+    offline: bool | None = cast(Any, _AsTheEnvironmentHasIt())
     memory_budget: int = GIB
     region: str | None = None
     hedging: bool | None = None
@@ -389,7 +399,7 @@ class NetworkConfig:
             directory=self.cache_dir,
             max_size=self.max_cache_size,
             memory_size=min(256 * MIB, self.memory_budget // 4),
-            offline=self.offline,
+            offline=vars(self)["offline"],
             free_space_reserve=self.free_space_reserve,
             verify_on_open=self.verify_on_open,
             heuristic_freshness=self.heuristic_freshness,
@@ -428,9 +438,11 @@ class NetworkConfig:
                 "NetworkConfig.endpoints is empty: name a server, as in NetworkConfig.custom_cdn('https://cdn.example.com'),"
                 " or set HOLOTENSOR_ENDPOINT"
             )
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        endpoint = CdnEndpoint(url, auth=os.environ.get("HOLOTENSOR_TOKEN") or None)
-        return NetworkConfig(**{**own, "endpoints": (endpoint,)})
+        return self.with_endpoint(CdnEndpoint(url, auth=os.environ.get("HOLOTENSOR_TOKEN") or None))
+
+    def with_endpoint(self, endpoint: CdnEndpoint) -> NetworkConfig:
+        """This configuration, for this endpoint alone; what the environment decides, it still does."""
+        return type(self)(**{**vars(self), "endpoints": (endpoint,)})
 
 
 def _flag(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import pickle
@@ -70,7 +71,7 @@ DEFAULTS: dict[type, dict[str, Any]] = {
         "monitor_bandwidth": True,
         "min_bandwidth": MIB,
         "max_bandwidth": None,
-        "offline": None,  # which is to say: as the environment has it, False where it has nothing
+        "offline": False,
     },
 }
 
@@ -531,6 +532,18 @@ def test_an_explicit_argument_wins_over_the_environment(monkeypatch: pytest.Monk
     assert room.offline(setting) is setting
     assert CacheConfig(offline=setting).is_offline is setting
     assert CacheConfig().is_offline is not setting
+    assert NetworkConfig(offline=setting).offline is setting
+    assert NetworkConfig(offline=setting).cache.is_offline is setting
+
+
+def test_offline_is_as_the_environment_has_it_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = NetworkConfig()
+    derived = [plain, plain.with_endpoint(CdnEndpoint(URL)), pickle.loads(pickle.dumps(plain)), copy.copy(plain)]
+    cache = plain.cache
+    for value, is_offline in [("1", True), ("0", False)]:
+        _set(monkeypatch, {"HOLOTENSOR_OFFLINE": value})
+        assert [config.offline for config in derived] == [is_offline] * len(derived)
+        assert cache.is_offline is is_offline
 
 
 @pytest.mark.parametrize(

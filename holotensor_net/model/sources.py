@@ -97,7 +97,7 @@ def endpoint_of(url: str, config: NetworkConfig) -> tuple[NetworkConfig, str]:
     parts = urlsplit(url)
     folder, _, name = parts.path.rpartition("/")
     endpoint = CdnEndpoint(parts._replace(path=folder, query="").geturl())
-    return replace(config, endpoints=(endpoint,)), f"{name}?{parts.query}" if parts.query else name
+    return config.with_endpoint(endpoint), f"{name}?{parts.query}" if parts.query else name
 
 
 class NetworkSource:
