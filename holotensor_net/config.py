@@ -70,13 +70,29 @@ def _flags(owner: object, *names: str, none: bool = False) -> None:
             _refuse(owner, name, "True, False or None" if none else "True or False")
 
 
+def _folder(owner: object, name: str) -> None:
+    value = getattr(owner, name)
+    if value is None or value is False:
+        return
+    if not isinstance(value, str | os.PathLike) or "\0" in os.fsdecode(value):
+        _refuse(owner, name, "a folder, None or False")
+
+
+def _transport(owner: ClientConfig | NetworkConfig) -> None:
+    if not isinstance(owner.retry, RetryConfig):
+        _refuse(owner, "retry", "a RetryConfig")
+    if not isinstance(owner.user_agent, str) or not re.fullmatch(r"[\x20-\x7e]+", owner.user_agent):
+        _refuse(owner, "user_agent", "printable ASCII")
+
+
 def _refuse(owner: object, name: str, wanted: str, *, told: bool = True) -> None:
     value = getattr(owner, name)
     shown = repr(value) if told else f"a {type(value).__name__}"  # and nothing that is secret
     raise ConfigurationError(f"{type(owner).__name__}.{name} must be {wanted}, not {shown}")
 
 
-def _is_auth(value: object) -> bool:
+def is_auth(value: object) -> bool:
+    """Whether something may be an endpoint's ``auth``."""
     if isinstance(value, tuple):
         return len(value) == 2 and all(isinstance(part, str) for part in value)
     return value is None or isinstance(value, str) or callable(value)
@@ -146,6 +162,8 @@ class CdnEndpoint:
                 object.__setattr__(self, "auth", (unquote(parts.username), unquote(parts.password or "")))
             parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
         object.__setattr__(self, "url", urlunsplit(parts))
+        if not isinstance(self.headers, Mapping):
+            _refuse(self, "headers", "a mapping of names to values", told=False)
         object.__setattr__(self, "headers", dict(self.headers))
         _whole(self, "max_connections")
         _flags(self, "supports_range")
@@ -153,16 +171,20 @@ class CdnEndpoint:
             _refuse(self, "region", "a name or None")
         if not isinstance(self.verify, bool | str | os.PathLike):
             _refuse(self, "verify", "True, False or the path of a bundle")
-        if not isinstance(self.proxies, Mapping | None):
-            _refuse(self, "proxies", "a mapping or None", told=False)
-        if not _is_auth(self.auth):
+        if self.proxies is not None and not (
+            isinstance(self.proxies, Mapping)
+            and all(isinstance(part, str) for pair in self.proxies.items() for part in pair)
+        ):
+            _refuse(self, "proxies", "a mapping of schemes to URLs, or None", told=False)
+        if not is_auth(self.auth):
             _refuse(self, "auth", "a token, a tuple (user, password), a function or None", told=False)
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):
             _refuse(self, "priority", "a whole number")
         if self.cache_scope is not None and not (isinstance(self.cache_scope, str) and self.cache_scope):
             _refuse(self, "cache_scope", "a name or None")
         for name, value in self.headers.items():
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or re.search(r"[\r\n\0]", str(value)):
+            is_text = isinstance(name, str) and isinstance(value, str)
+            if not is_text or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or re.search(r"[\r\n\0]", value):
                 raise ConfigurationError(f"CdnEndpoint.headers has a name or value that HTTP does not allow: {name!r}")
 
     def url_of(self, path: str) -> str:
@@ -170,6 +192,8 @@ class CdnEndpoint:
 
         Raises InvalidUrl for a path that would leave the endpoint: another host, ``..``, control characters.
         """
+        if not isinstance(path, str):
+            raise InvalidUrl(f"a path must be a string, not {type(path).__name__}", url=self.url)
         if re.search(r"[\x00-\x1f\x7f]", path) or "\\" in path.split("?")[0]:
             raise InvalidUrl("a path must not hold control characters or backslashes", url=self.url)
         target = None
@@ -201,6 +225,8 @@ def _digest(*lines: str) -> str:
 
 def _web_url(url: str) -> Any:
     """The parts of an http or https URL; raises InvalidUrl with a sentence."""
+    if not isinstance(url, str):
+        raise InvalidUrl(f"a URL must be a string, not {type(url).__name__}")
     host = None
     with contextlib.suppress(ValueError, AttributeError, TypeError):  # their words may repeat a password
         parts = urlsplit(url)
@@ -230,6 +256,7 @@ class ClientConfig:
     def __post_init__(self) -> None:
         _positive(self, "timeout", "connect_timeout")
         _flags(self, "compression")
+        _transport(self)
         _whole(self, "max_body")
         _whole(self, "max_redirects", least=0)
 
@@ -273,6 +300,7 @@ class CacheConfig:
     heuristic_freshness: float = 0.0
 
     def __post_init__(self) -> None:
+        _folder(self, "directory")
         _share(self, "heuristic_freshness")
         _whole(self, "max_size")
         _whole(self, "memory_size", least=0)
@@ -354,14 +382,10 @@ class NetworkConfig:
             _refuse(self, "endpoints", "CdnEndpoints")
         endpoints = tuple(e if isinstance(e, CdnEndpoint) else CdnEndpoint(e) for e in given)
         object.__setattr__(self, "endpoints", endpoints)
-        if not isinstance(self.retry, RetryConfig):
-            _refuse(self, "retry", "a RetryConfig")
-        if self.cache_dir not in (None, False) and not isinstance(self.cache_dir, str | os.PathLike):
-            _refuse(self, "cache_dir", "a folder, None or False")
+        _transport(self)
+        _folder(self, "cache_dir")
         if not isinstance(self.region, str | None):
             _refuse(self, "region", "a name or None")
-        if not isinstance(self.user_agent, str) or not re.fullmatch(r"[\x20-\x7e]+", self.user_agent):
-            _refuse(self, "user_agent", "printable ASCII")
         _whole(self, "max_concurrent", "chunk_size", "max_cache_size", "memory_budget")
         _whole(self, "free_space_reserve", least=0, none=True)
         _flags(self, "compression", "monitor_bandwidth", "verify_on_open")

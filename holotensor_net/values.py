@@ -29,6 +29,8 @@ __all__ = [
     "blake3_hasher",
     "blake3_of",
     "fragment_id_of",
+    "level_of",
+    "must_be",
 ]
 
 T = TypeVar("T")
@@ -48,6 +50,21 @@ class Priority(enum.IntEnum):
     NORMAL = 2
     LOW = 3
     IDLE = 4
+
+
+def level_of(priority: Priority) -> Priority:
+    """The level that is meant, be it by its number. Raises ConfigurationError."""
+    try:
+        return Priority(priority)
+    except ValueError:
+        raise ConfigurationError(f"priority must be a Priority, not {priority!r}") from None
+
+
+def must_be(name: str, value: object, *kinds: type) -> None:
+    """Raises ConfigurationError for an argument that is of none of these kinds; its value may be secret."""
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ConfigurationError(f"{name} must be {wanted}, not {type(value).__name__}")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -309,10 +326,11 @@ Result: TypeAlias = T | NetworkError
 
 
 def fragment_id_of(data: bytes | bytearray | memoryview) -> str:
-    """The content id of a fragment: the first 16 bytes of its BLAKE3 digest, as 32 hex digits."""
+    """The content id of a fragment: the first 16 bytes of its BLAKE3 digest, as 32 hex digits. TypeError for what has
+    no bytes."""
     from blake3 import blake3
 
-    return blake3(data).hexdigest(length=16)
+    return blake3(memoryview(data).cast("B")).hexdigest(length=16)  # of None it would make the id of nothing
 
 
 def blake3_of(data: bytes | bytearray | memoryview) -> str:

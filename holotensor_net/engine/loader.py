@@ -17,7 +17,17 @@ from ..config import NetworkConfig, offline
 from ..errors import Cancelled, ConfigurationError, NetworkError, ObjectChanged, OfflineError, redact_url
 from ..storage.cache import FragmentCache
 from ..transport.guards import check_checksum
-from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority, RangeRequest
+from ..values import (
+    HeadInfo,
+    LoadFailure,
+    LoadRequest,
+    LoadResult,
+    LoadSuccess,
+    Priority,
+    RangeRequest,
+    level_of,
+    must_be,
+)
 from .fetcher import Fetcher
 from .request_cache import Found, RequestCache
 from .runs import runs_in
@@ -67,8 +77,11 @@ class NetworkLoader:
     """
 
     def __init__(self, config: NetworkConfig | None = None, *, clock: Callable[[], float] = time.time) -> None:
+        if config is None:
+            config = NetworkConfig()
+        must_be("config", config, NetworkConfig)
         self._wall = clock
-        self.config = (config or NetworkConfig()).with_default_endpoint()
+        self.config = config.with_default_endpoint()
         self._closed = False
         self._build()
         _watch_over(self)
@@ -110,13 +123,16 @@ class NetworkLoader:
     def load_range(self, request: LoadRequest, start: int, stop: int) -> LoadResult:
         """Bytes ``[start, stop)`` of the fragment that ``request`` names; its checksum, being of the whole, is not
         checked. Raises ConfigurationError for bytes that are known to lie beyond its end."""
+        must_be("request", request, LoadRequest)
+        part = RangeRequest(start, stop)
         base = request.byte_range.start if request.byte_range is not None else 0
         length = request.byte_range.length if request.byte_range is not None else request.expected_size
         if length is not None and stop > length:
             raise ConfigurationError(f"stop must be at most {length}, where the fragment ends, not {stop!r}")
-        wanted = RangeRequest(base + start, base + stop)
-        part = replace(request, byte_range=wanted, expected_size=wanted.length, checksum=None, allow_short=False)
-        return self.load(part)
+        wanted = RangeRequest(base + part.start, base + part.stop)
+        return self.load(
+            replace(request, byte_range=wanted, expected_size=wanted.length, checksum=None, allow_short=False)
+        )
 
     def enqueue(self, request: LoadRequest, *, shared: bool = True) -> Future[LoadResult]:
         """A future for the result: done already if the cache has it fresh, the same if the same request is in flight.
@@ -168,6 +184,7 @@ class NetworkLoader:
         """What can be said without the network: a result, or what the network may confirm."""
         if self._closed:
             raise Cancelled("the loader is closed: make a new one")
+        must_be("request", request, LoadRequest)
         try:
             return self._from_cache(
                 request, without, offline(self.config.offline) if is_offline is None else is_offline
@@ -182,6 +199,7 @@ class NetworkLoader:
         begin_at = time.monotonic() + _GATHERING
         try:
             for request in requests:
+                must_be("request", request, LoadRequest)
                 gathered.append(request)
                 if len(gathered) >= _BATCH or time.monotonic() >= begin_at:
                     batch, gathered = gathered, []
@@ -207,10 +225,11 @@ class NetworkLoader:
 
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
         """Move a fragment that has not arrived to another level; False if none of that name is on its way."""
+        level = level_of(priority)
         with self._lock:
             streams = list(self._streams)
-        moved = [stream.update_priority(fragment_id, priority) for stream in streams]
-        return self._fetcher.update_priority(fragment_id, priority) or any(moved)
+        moved = [stream.update_priority(fragment_id, level) for stream in streams]
+        return self._fetcher.update_priority(fragment_id, level) or any(moved)
 
     def cancel(self, fragment_id: str) -> bool:
         """Stop waiting for a fragment: its result is a failure with Cancelled. False if none of that name is on its
@@ -228,6 +247,7 @@ class NetworkLoader:
 
     def is_cached(self, request: LoadRequest) -> bool:
         """Whether the fragment could be given without asking the network."""
+        must_be("request", request, LoadRequest)
         found = self._requests.find(request)
         if found is None or not (found.is_fresh or offline(self.config.offline)):
             return self._slice_of_whole(request, offline(self.config.offline)) is not None

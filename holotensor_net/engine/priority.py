@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from ..errors import ConfigurationError, without_query
-from ..values import LoadRequest, Priority
+from ..values import LoadRequest, Priority, level_of, must_be
 from ..waits import Latch
 
 __all__ = ["DEADLINE_STEPS", "PrioritizedFragment", "PriorityQueue"]
@@ -45,6 +45,7 @@ class PrioritizedFragment:
     )
 
     def __init__(self, request: LoadRequest, *, queued_at: float = 0.0) -> None:
+        must_be("request", request, LoadRequest)
         self.request = request
         self.priority = request.priority
         self.queued_at = queued_at
@@ -121,6 +122,7 @@ class PriorityQueue:
 
         Raises ConfigurationError if the fragment is queued already.
         """
+        must_be("fragment", fragment, LoadRequest, PrioritizedFragment)
         now = self._clock()
         if isinstance(fragment, LoadRequest):
             fragment = PrioritizedFragment(fragment, queued_at=now)
@@ -155,10 +157,7 @@ class PriorityQueue:
 
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
         """Move all fragments of this id to another level. False if there is none."""
-        try:
-            level = Priority(priority)
-        except ValueError:
-            raise ConfigurationError(f"priority must be a Priority, not {priority!r}") from None
+        level = level_of(priority)
         with self._lock:
             found = self._queued.of(fragment_id)
             for fragment in found:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..config import NetworkConfig, SchedulerConfig
-from ..errors import ConfigurationError, Timeout
-from ..values import LoadRequest, Priority, RangeRequest
+from ..errors import Timeout
+from ..values import LoadRequest, Priority, RangeRequest, level_of, must_be
 from ..waits import Latch, attentively
 from .bandwidth import BandwidthMonitor
 from .lanes import Lane, may_begin
@@ -131,6 +131,8 @@ class Scheduler:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if config is not None:
+            must_be("config", config, SchedulerConfig, NetworkConfig)
         ends = config.endpoints if isinstance(config, NetworkConfig) else ()
         own = config.scheduler if isinstance(config, NetworkConfig) else config or SchedulerConfig()
         hosts: list[tuple[int, str | None]] = [(end.max_connections, host_of(end.url)) for end in ends]
@@ -614,7 +616,7 @@ class Scheduler:
 
     def update_priority(self, fragment_id: str, priority: Priority) -> bool:
         """Move all fragments of this id that are not done to another level; False if there is none."""
-        level = _level(priority)
+        level = level_of(priority)
         moved = self.moves(fragment_id, level)
         with self._lock:
             for lane in self.lanes:
@@ -630,7 +632,7 @@ class Scheduler:
 
     def move(self, fragment: PrioritizedFragment, priority: Priority) -> None:
         """Move exactly this fragment to another level, wherever it is."""
-        level = _level(priority)
+        level = level_of(priority)
         with self._lock:
             if fragment.priority != level:
                 place = fragment.place
@@ -888,13 +890,6 @@ class Scheduler:
 def _start(fragment: PrioritizedFragment) -> int:
     wanted = fragment.request.byte_range
     return 0 if wanted is None else wanted.start
-
-
-def _level(priority: Priority) -> Priority:
-    try:
-        return Priority(priority)
-    except ValueError:
-        raise ConfigurationError(f"priority must be a Priority, not {priority!r}") from None
 
 
 def _is_urgent(piece: Piece) -> bool:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, NetworkError, Timeout
-from ..values import LoadFailure, LoadRequest, LoadResult, Priority
+from ..values import LoadFailure, LoadRequest, LoadResult, Priority, must_be
 from ..waits import attentively
 from .priority import PriorityQueue
 
@@ -33,6 +33,9 @@ class StreamingLoader:
     def __init__(self, loader: NetworkLoader, path_prefix: str = "", buffer: int = 256) -> None:
         if isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 1:
             raise ConfigurationError(f"StreamingLoader.buffer must be a whole number, 1 or more, not {buffer!r}")
+        if not hasattr(loader, "config"):
+            raise ConfigurationError(f"loader must be NetworkLoader, not {type(loader).__name__}")
+        must_be("path_prefix", path_prefix, str)
         self._loader = loader
         self._prefix = path_prefix
         self._buffer = buffer
@@ -69,9 +72,12 @@ class StreamingLoader:
 
     def start(self, requests: Iterable[LoadRequest | str]) -> StreamingLoader:
         """Begin; a string stands for a fragment of that name at that path. May be called again to add more."""
+        if isinstance(requests, str):
+            raise ConfigurationError("requests must be several: put a single one into a list")
         for request in requests:
             if isinstance(request, str):
                 request = LoadRequest(request, request)
+            must_be("request", request, LoadRequest)
             self._waiting.push(replace(request, path=self._prefix + request.path) if self._prefix else request)
         self._loader._watch(self)
         self._ask()

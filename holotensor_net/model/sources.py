@@ -25,7 +25,17 @@ from ..errors import (
     redact_url,
 )
 from ..formats.safetensors import FIRST_READ
-from ..values import HeadInfo, LoadFailure, LoadRequest, LoadResult, LoadSuccess, Priority, RangeRequest, Validator
+from ..values import (
+    HeadInfo,
+    LoadFailure,
+    LoadRequest,
+    LoadResult,
+    LoadSuccess,
+    Priority,
+    RangeRequest,
+    Validator,
+    must_be,
+)
 
 __all__ = ["FileSource", "NetworkSource", "Source", "endpoint_of", "source_of"]
 
@@ -62,8 +72,10 @@ def source_of(where: str | os.PathLike[str], config: NetworkConfig | None) -> tu
 
     Credentials go only to the endpoints that they were configured for. Raises InvalidUrl, NotFound, ConfigurationError.
     """
-    text = os.fspath(where)
-    config = config or NetworkConfig()
+    text = os.fsdecode(where)
+    if config is None:
+        config = NetworkConfig()
+    must_be("config", config, NetworkConfig)
     if "://" not in text and not config.endpoints and os.path.exists(text):
         folder, name = (text, "") if os.path.isdir(text) else os.path.split(text)
         return FileSource(Path(folder or ".")), name

@@ -27,8 +27,9 @@ from typing import Any
 
 from cachetools import LRUCache
 
-from ..config import CacheConfig
-from ..errors import CacheError
+from ..config import CacheConfig, NetworkConfig
+from ..errors import CacheError, ConfigurationError
+from ..values import must_be
 from .claims import Claims
 from .disk import DiskTier
 from .entries import CacheEntry, Held, Usage
@@ -77,8 +78,12 @@ class FragmentCache:
     counters. ``clock`` gives seconds since the epoch.
     """
 
-    def __init__(self, config: CacheConfig | None = None, *, clock: Callable[[], float] = time.time) -> None:
-        self.config = config or CacheConfig()
+    def __init__(
+        self, config: CacheConfig | NetworkConfig | None = None, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        if config is not None:
+            must_be("config", config, CacheConfig, NetworkConfig)
+        self.config = config.cache if isinstance(config, NetworkConfig) else config or CacheConfig()
         self._clock = clock
         root = self.config.root
         self._root = None if root is None else fixed(root)
@@ -124,6 +129,8 @@ class FragmentCache:
 
     def put(self, key: str, data: Buffer, entry: CacheEntry | None = None) -> memoryview:
         """Store a copy of the bytes; gives a read-only view of it. A disk that fails is logged; memory has to do."""
+        if entry is not None:
+            must_be("entry", entry, CacheEntry)
         row = flat(data)
         own = memoryview(data if type(data) is bytes else bytes(row))
         return self.take(key, own, replace(entry or CacheEntry(key, 0), size=len(row), digest=digest_of(row)))
@@ -284,7 +291,10 @@ class FragmentCache:
             self._disk.clear()
 
     def prune(self, max_size: int) -> int:
-        """Evict until at most ``max_size`` bytes are on the disk; gives the bytes freed. Raises CacheError."""
+        """Evict until at most ``max_size`` bytes are on the disk; gives the bytes freed. Raises CacheError, and
+        ConfigurationError for a size that is none."""
+        if isinstance(max_size, bool) or not isinstance(max_size, int) or max_size < 0:
+            raise ConfigurationError(f"max_size must be a whole number, 0 or more, not {max_size!r}")
         if self._disk is None:
             return 0
         return self._disk.shrink(max_size)
@@ -547,8 +557,10 @@ def _forget(memory: _MemoryTier, usage: Usage, names: Iterable[str]) -> None:
 @functools.lru_cache(256)
 def name_of(key: str) -> str:
     """A file name for any key: long ones, and such as hold slashes or lone surrogates."""
+    must_be("key", key, str)
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _itself(key: str) -> str:
+    must_be("key", key, str)
     return key

@@ -22,11 +22,12 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from ..errors import CacheError
-from ..values import RangeRequest, Validator
+from ..errors import CacheError, ConfigurationError
+from ..values import RangeRequest, Validator, must_be
 from .blobs import BlobStore
 from .files import contents, is_hopeless, scan, translated
 from .freshness import Freshness, answer_in, is_same_entity, is_storable, kept, refreshed
@@ -54,6 +55,8 @@ class CacheEntry:
     given: redact it first. Of ``headers`` only those are kept that say how long, and for whom, the bytes are good.
     ``requested_at`` and ``received_at`` are the times of the answer (None: ``cached_at``); ``stamp`` is the blob's file
     time when its bytes were known to be right; ``variant`` a digest of the request's headers that the answer varies on.
+
+    Raises ConfigurationError for a size that is none, or a name that is no string.
     """
 
     fragment_id: str
@@ -76,6 +79,9 @@ class CacheEntry:
     variant: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        must_be("CacheEntry.fragment_id", self.fragment_id, str)
+        if not isinstance(self.size, (int, Integral)) or self.size < 0:
+            raise ConfigurationError(f"CacheEntry.size must be a number of bytes, not {self.size!r}")
         object.__setattr__(self, "headers", kept(self.headers))
 
     @property

@@ -75,6 +75,7 @@ class StreamCache:
         ``state_key`` stands for the state in the keys of results (see :meth:`CacheKey.for_state`). An object of another
         kind than the values that the cache takes is kept as it is, and must not change any more.
         """
+        _check_key(state_key)
         self._states[filter_id] = state_key, freeze(state, keep=True)
 
     def load_state_from(
@@ -105,6 +106,7 @@ class StreamCache:
 
     def get_chunk(self, chunk_key: CacheKey) -> Any:
         """The result under a key; None if it is not there. Counts as a hit or a miss."""
+        _check_key(chunk_key)
         memory = self._memory
         held = memory.get(chunk_key.digest)
         if held is None:
@@ -116,6 +118,7 @@ class StreamCache:
 
     def put_chunk(self, chunk_key: CacheKey, value: object) -> None:
         """Keep a result under a key, in place of what was there. Raises TypeError for what cannot be copied."""
+        _check_key(chunk_key)
         self._keep(self._memory, chunk_key, Held(freeze(value)))
 
     def key_of(
@@ -306,6 +309,11 @@ def _key_of(
     if config is not None:
         configured = CacheKey.from_parts(configured.digest, CacheKey.of(config).digest)
     return CacheKey.for_chunk(configured, b"" if loaded is None else loaded[0], chunk_key)
+
+
+def _check_key(key: object) -> None:
+    if not isinstance(key, CacheKey):
+        raise TypeError(f"a CacheKey is wanted here, not {type(key).__name__}: CacheKey.of makes one of a value")
 
 
 def _size(name: str, value: object) -> int:

@@ -25,7 +25,7 @@ import requests
 import urllib3
 from requests.utils import get_environ_proxies
 
-from ..config import CdnEndpoint, ClientConfig, NetworkConfig
+from ..config import CdnEndpoint, ClientConfig, NetworkConfig, is_auth
 from ..errors import (
     Cancelled,
     ConfigurationError,
@@ -38,7 +38,7 @@ from ..errors import (
     Timeout,
     redact_url,
 )
-from ..values import HeadInfo, RangeRequest
+from ..values import HeadInfo, RangeRequest, must_be
 from . import guards
 from .adapter import Adapter, Reply, Request, ask, is_straight, way_of
 from .digests import LINKED, NAMES, check_digests
@@ -117,6 +117,8 @@ class HttpClient:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.endpoint = endpoint if isinstance(endpoint, CdnEndpoint) else CdnEndpoint(endpoint)
+        if config is not None:
+            must_be("config", config, ClientConfig, NetworkConfig)
         self.config = config.client if isinstance(config, NetworkConfig) else config or ClientConfig()
         self._clock = clock
         self._wall = wall
@@ -196,6 +198,8 @@ class HttpClient:
     def fetch_range(self, path: str, byte_range: RangeRequest | tuple[int, int]) -> bytes:
         """Exactly these bytes of the object. Raises NetworkError; ProtocolError if the object ends before."""
         if not isinstance(byte_range, RangeRequest):
+            if not isinstance(byte_range, tuple) or len(byte_range) != 2:
+                raise ConfigurationError(f"byte_range must be a RangeRequest or a pair of numbers, not {byte_range!r}")
             byte_range = RangeRequest(*byte_range)
         if not byte_range.length:
             return b""
@@ -766,7 +770,7 @@ class HttpClient:
     def _authorization(self) -> str | None:
         auth = self.endpoint.auth
         if callable(auth):
-            auth = auth()
+            auth = _given_by(auth)
         if auth is None:
             return None
         if isinstance(auth, tuple):
@@ -830,6 +834,14 @@ def _environ_proxies(origin: str, said: tuple[object, ...]) -> dict[str, str]:
     """The environment's proxies, which ``said`` is all of: to search it for them costs as much as all the rest of what
     asking takes in Python."""
     return get_environ_proxies(origin, no_proxy=None)
+
+
+def _given_by(function: Callable[[], str]) -> str | tuple[str, str] | None:
+    """The credential that a function gives. Raises what it raises, and ConfigurationError for what is none."""
+    auth = function()
+    if callable(auth) or not is_auth(auth):
+        raise ConfigurationError(f"the function given as auth= must return a token, not {type(auth).__name__}")
+    return auth
 
 
 def _check_sendable(headers: Mapping[str, str]) -> None:

@@ -173,7 +173,7 @@ def test_no_more_bytes_are_asked_for_than_the_budget_allows(
 
 def test_what_arrives_and_is_not_taken_counts() -> None:
     desk = Desk()
-    stream = desk.stream(buffer=2).start("abcd")
+    stream = desk.stream(buffer=2).start([*"abcd"])
     desk.answer("a")
     desk.answer("b")
     assert len(desk.requests) == 2
@@ -183,7 +183,7 @@ def test_what_arrives_and_is_not_taken_counts() -> None:
 
 def test_what_turns_out_to_be_long_counts_as_that() -> None:
     desk = Desk(memory_budget=4 * CHUNK)
-    stream = desk.stream().start("abcdef")
+    stream = desk.stream().start([*"abcdef"])
     assert len(desk.requests) == 4  # of unknown size: a piece each
     for name, size in (("b", 1), ("c", 1), ("a", 3 * CHUNK)):
         desk.answer(name, bytes(size))
@@ -196,7 +196,7 @@ def test_what_turns_out_to_be_long_counts_as_that() -> None:
 
 def test_what_is_of_unknown_size_may_be_as_long_as_others_were() -> None:
     desk = Desk(memory_budget=4 * CHUNK)
-    stream = desk.stream().start("abcdef")
+    stream = desk.stream().start([*"abcdef"])
     desk.answer("a", bytes(3 * CHUNK))
     assert next(stream).fragment_id == "a"
     assert len(desk.requests) == 4
@@ -208,7 +208,7 @@ def test_what_is_of_unknown_size_may_be_as_long_as_others_were() -> None:
 
 def test_what_waits_can_be_moved() -> None:
     desk = Desk()
-    stream = desk.stream(buffer=1).start("abc")
+    stream = desk.stream(buffer=1).start([*"abc"])
     assert stream.update_priority("c", Priority.CRITICAL) is True
     assert stream.update_priority("a", Priority.CRITICAL) is False  # asked for already
     assert stream.update_priority("d", Priority.CRITICAL) is False
@@ -220,7 +220,7 @@ def test_what_waits_can_be_moved() -> None:
 
 def test_a_cancelled_stream_drops_everything_and_ends() -> None:
     desk = Desk()
-    stream = desk.stream(buffer=2).start("abcd")
+    stream = desk.stream(buffer=2).start([*"abcd"])
     desk.answer("a")
     stream.cancel()
     stream.cancel()
@@ -259,7 +259,7 @@ def test_what_is_asked_for_while_it_is_cancelled_is_cancelled_too() -> None:
         return future
 
     desk.enqueue = meanwhile  # type: ignore[method-assign]
-    stream.start("ab")
+    stream.start([*"ab"])
     assert [future.cancelled() for future in desk.asked.values()] == [True]
     assert list(stream) == []
 
