@@ -253,6 +253,8 @@ CAUGHT_BY = {
 EXCUSED = {
     "raise ValueError('no comma')": "what is no comma is no member either, and so refused as that",
     "HTTP cannot ask for an empty range": "a caller's mistake, no answer",
+    "byte_range must be a RangeRequest": "a caller's mistake, no answer",
+    "the function given as auth=": "a setting, no answer",
     "no connection came free": "a caller's threads, no answer",
     "_moved  raise ProtocolError('the server sent": "as chunks say how long they are, nothing gives more than asked",
     "the client is closed": "a closed client, no answer",
