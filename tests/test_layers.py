@@ -22,7 +22,7 @@ HOUSE = "holotensor_net"
 # A floor imports only floors below it.
 # Only the interfaces and the doors stand above ``origin``; what it imports itself is nothing of the rest.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "values", "config", "waits"),
+    0: ("errors", "values", "config", "waits", "forks"),
     1: (
         *("transport/retry", "transport/guards", "transport/sockets"),
         *("transport/transfer", "transport/digests", "transport/translation", "transport/adapter"),

@@ -17,10 +17,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +27,7 @@ from cachetools import LRUCache
 
 from ..config import CacheConfig, NetworkConfig
 from ..errors import CacheError, ConfigurationError
+from ..forks import renew_in_children
 from ..values import must_be
 from .claims import Claims
 from .disk import DiskTier
@@ -88,7 +87,7 @@ class FragmentCache:
         root = self.config.root
         self._root = None if root is None else fixed(root)
         self._open()
-        _watch_over(self)
+        renew_in_children(self)
 
     def _open(self) -> None:
         """Everything that has locks."""
@@ -380,25 +379,6 @@ class FragmentCache:
             held.view = _lasting(view, data, entry)
         self._memory.put(name, held)
         return held.view[:]
-
-
-_hooked = False
-_alive: weakref.WeakSet[FragmentCache] = weakref.WeakSet()
-
-
-def _watch_over(cache: FragmentCache) -> None:
-    """Have the tiers made anew in a child process, where the threads that held their locks are gone."""
-    global _hooked
-    if not _hooked:
-        _hooked = True
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_open_all)
-    _alive.add(cache)
-
-
-def _open_all() -> None:
-    for cache in list(_alive):
-        cache._open()
 
 
 class _Tolerance:

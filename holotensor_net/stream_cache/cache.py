@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import os
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import GIB, default_cache_dir
 from ..errors import ConfigurationError
+from ..forks import renew_in_children
 from ..storage.files import fixed
 from ..storage.results import ResultStore
 from .frozen import Frozen, freeze
@@ -63,7 +63,7 @@ class StreamCache:
         self._clock = clock
         self._states: dict[str, tuple[CacheKey, Frozen]] = {}
         self._open()
-        _watch_over(self)
+        renew_in_children(self)
 
     def _open(self) -> None:
         self._memory = MemoryTier(*self._limits)
@@ -277,25 +277,6 @@ class StreamCache:
             disk.put(key, held)
             if not memory.put(key.digest, held, epoch):
                 disk.remove(key)
-
-
-_hooked = False
-_alive: weakref.WeakSet[StreamCache] = weakref.WeakSet()
-
-
-def _watch_over(cache: StreamCache) -> None:
-    """Have the tiers made anew in a child process, where the threads that held their locks are gone."""
-    global _hooked
-    if not _hooked:
-        _hooked = True
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_open_all)
-    _alive.add(cache)
-
-
-def _open_all() -> None:
-    for cache in list(_alive):
-        cache._open()
 
 
 def _key_of(

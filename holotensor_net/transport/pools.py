@@ -273,7 +273,7 @@ def pool_classes(sockets: LiveSockets) -> dict[str, type[connectionpool.HTTPConn
 
     class SecureConnection(Connection, HTTPSConnection):
         def connect(self) -> None:
-            if self.proxy is None and self.ssl_context is None and self.ca_certs and not self.cert_file:
+            if self.proxy is None and self.ca_certs:
                 self._share_trust(self.ca_certs)
             # The handshake runs on a socket that nobody knows yet: until it is over, a duplicate stands for it.
             with contextlib.ExitStack() as self._handshake:
