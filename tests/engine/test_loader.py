@@ -774,11 +774,13 @@ def test_the_pool_grows_where_each_connection_is_slow(
     make: Make, served: Callable[..., Origin], tmp_path: Path
 ) -> None:
     server = served(rate_per_connection=500_000.0)
-    data = random.Random(6).randbytes(6_000_000)
+    data = random.Random(6).randbytes(12_000_000)
     (tmp_path / "www" / "big").write_bytes(data)
     loader = make(server.url, chunk_size=50_000, max_concurrent=32)
+    began = time.monotonic()
     assert loader.load(LoadRequest("big", "big")).data == data
-    assert server.stats().peak_requests > 8  # it begins with four
+    assert time.monotonic() - began < 5.0  # with the four connections that it begins with, six seconds
+    assert server.stats().peak_requests > 8
 
 
 @pytest.mark.parametrize("setting", ["request", "configuration"])
